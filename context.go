@@ -113,11 +113,11 @@ func DerivedKey(ctx context.Context, name string) string {
 	return r.derive(name)
 }
 
-// DerivedID returns what [DerivedKey] returns for this name, for an id that leaves this process
-// only with the handler's own transaction: of a message in an outbox, for example. So the request
-// can still be not-executed. Never give it to another service. Package message uses the names that
-// begin with "message/". DerivedID may be called from several goroutines, and panics outside an
-// idempotent handler.
+// DerivedID returns the value that [DerivedKey] returns for this name, for an id that leaves this
+// process only with the handler's own transaction: that of a message in an outbox, for example.
+// After it the request can still be not-executed, so never give the id to another service. Package
+// message uses the names that begin with "message/". DerivedID may be called from several
+// goroutines, and panics outside an idempotent handler.
 func DerivedID(ctx context.Context, name string) string {
 	return runningIn(ctx, "DerivedID").derive(name)
 }
@@ -131,9 +131,10 @@ func runningIn(ctx context.Context, function string) *running {
 	return r
 }
 
-// HandlerContext returns ctx as the handler of the request with this key has it, for packages that
-// run handlers without an [Engine], such as package consumer: [KeyFrom], [AttemptIDFrom],
-// [DerivedKey] and [DerivedID] work in it. The service is that of [Options.Service].
+// HandlerContext returns a context like that of the handler of a request with this key, for
+// packages that run handlers without an [Engine], such as package consumer: [KeyFrom],
+// [AttemptIDFrom], [DerivedKey] and [DerivedID] work in it. The service is that of
+// [Options.Service].
 func HandlerContext(ctx context.Context, service string, key Key, attempt AttemptID) context.Context {
 	return &attemptContext{Context: ctx, running: running{key: key, attempt: attempt, service: service, derived: new(atomic.Bool)}}
 }

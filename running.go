@@ -9,11 +9,13 @@ import (
 // runningKeys are the keys with handlers that run in this process. A duplicate of such a request is
 // answered without the store: it holds no connection and sends nothing.
 //
-// A key is here only while its handler runs: from a granted claim until the end of the transaction
-// begins, and while its transaction is not lost. From then on only the store knows whether the key
-// is recorded. So a retry of a recorded key gets no in-progress from memory, even if the reply to
-// COMMIT is late or lost, or another process has executed the request because the connection of the
-// handler here was lost. Removing a key too early is always safe: then the store decides.
+// A key is here from a granted claim until the end of the transaction begins, while the handler
+// runs. It counts until the handler's deadline, and unless the transaction is lost. After that only
+// the store knows whether the key is recorded. So a retry of a recorded key gets no in-progress
+// from memory, even if the reply to COMMIT is late or lost, or if another process has executed the
+// request because the handler here lost its connection. If the loss can't be seen ([Attempt].Lost),
+// that retry may get in-progress until the handler's deadline. Removing a key too early is always
+// safe: then the store decides.
 //
 // The zero value is ready to use. It is safe for concurrent use, and holds at most one entry per
 // request in flight.
@@ -23,7 +25,7 @@ type runningKeys struct {
 }
 
 type runningKey struct {
-	attempt     AttemptID // that added the key
+	attempt     AttemptID // the one that added the key
 	until       time.Time // the handler's deadline; from then on the store decides
 	transaction Attempt
 }

@@ -225,9 +225,9 @@ type Attempt interface {
 	Seal() error
 
 	// Lost reports whether the transaction may have ended by itself, because its connection was
-	// closed from the other side, for example. It sends nothing and does not wait. It may report
-	// true too often, and false if it can't know. Unlike the other methods it may be called at any
-	// time, from any goroutine, even after the end.
+	// closed from the other side, for example. It sends nothing and does not wait. It may report true
+	// although all is well, and it reports false if it can't know. Unlike the other methods it may be
+	// called at any time, from any goroutine, even after the end.
 	Lost() bool
 
 	// Commit records the answer and commits it with the handler's writes. Nil means that it is

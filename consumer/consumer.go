@@ -11,14 +11,16 @@
 // Run one in a goroutine of every replica: the broker gives each some of the partitions. Close the
 // store after Run has returned. postgres.Store.Queue is a source and a store that need no broker.
 //
-// The effects of a message are committed together with its position and its id. The position (topic,
-// partition, offset) is moved by compare-and-set. It catches messages that a broker delivers again
-// after a rebalance, a crash, a pause or a restore. The id is recorded as a request's key is. It
-// catches copies of a message that was published twice. The broker's own offsets decide nothing.
+// The effects of a message are committed together with its position and its id. The position
+// (topic, partition, offset) is moved by compare-and-set. By it the consumer drops messages that a
+// broker delivers again after a rebalance, a crash or a pause. The id is recorded as a request's
+// key is. By it the consumer drops copies of a message that was published twice. The broker's own
+// offsets decide nothing.
 //
 // If a handler fails, its message is tried again, and then parked, in the commit that moves the
-// position behind it. So it blocks no other key. It is tried again later, and after AttemptsMax it is
-// dead until a person redrives it. An outage of the database counts for no message.
+// position behind it. So it blocks no other key. A parked message is tried again later. After
+// AttemptsMax attempts it is dead until a person redrives it. A try that an outage of the database
+// ended does not count.
 package consumer
 
 import (
@@ -48,23 +50,25 @@ const (
 	ErrorBytesMax = 500 // of the reason that is kept with a parked message
 )
 
-// Handler handles a message. Its writes through postgres.Tx(ctx) are committed with the position, or
-// not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key is
-// the consumer and the message's id. A handler may run again for a message whose run was undone.
+// Handler handles a message. Its writes through postgres.Tx(ctx) are committed with the position,
+// or not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key
+// is the consumer and the message's id. A handler may run again for a message whose run was undone.
 //
 // After an error the writes are undone, and the message is tried again, up to Options.AttemptsMax
-// times. [Reject] and [Later] make errors for other ends.
+// times. [Reject] and [Later] make errors for other ends. The text of the error is kept with a
+// parked message, up to 500 bytes ([ErrorBytesMax]).
 type Handler func(ctx context.Context, m *Delivery) error
 
 // BatchHandler handles the messages of one batch together, oldest first: with one statement for all
 // of them, say. It is like a [Handler], except that its context belongs to no message:
 // idempotency.DerivedKey and message.Publish need the context of one message, [Delivery.Context].
 //
-// After an error its writes are undone, and it runs again with half of the messages, until the one is
-// found that can't be handled.
+// After an error its writes are undone, and it runs again with half of the messages, until the
+// message that can't be handled is found.
 type BatchHandler func(ctx context.Context, messages []*Delivery) error
 
-// Context returns ctx, which is a [BatchHandler]'s, as the context of this message.
+// Context returns the context of a [BatchHandler] as the context of this message. It panics in any
+// other context.
 func (d *Delivery) Context(ctx context.Context) context.Context {
 	c, ok := ctx.Value(batchKey{}).(*batchContext)
 	if !ok {
@@ -85,9 +89,13 @@ type Order int
 
 // The orders.
 const (
-	ByKey       Order = iota // messages of the same topic and key wait behind it; others go on
-	ByPartition              // the whole partition waits: the message is tried in place until it is handled; only a mismatch, or one of DeathsMax, is dead
-	Unordered                // nothing waits
+	// ByKey: messages of the same topic and key wait behind it; others go on.
+	ByKey Order = iota
+	// ByPartition: the whole partition waits. The message is tried in place until it is handled, even
+	// if it is rejected. It is dead only if it is a mismatch, or if DeathsMax processes died in it.
+	ByPartition
+	// Unordered: no message waits.
+	Unordered
 )
 
 // Options tune a [Consumer]. Nil and the zero value are the defaults, which are the safest.
@@ -110,29 +118,32 @@ type Options struct {
 	// store's IdleInTransactionTimeout. Defaults to 10 seconds.
 	BatchTimeout time.Duration
 
-	// AttemptsInPlace is the maximum number of attempts of a message before it is parked. No
-	// transaction and no connection is held between them. Defaults to 3.
+	// AttemptsInPlace is the maximum number of attempts of a message before it is parked. Between
+	// them no transaction is open and no connection is held. Defaults to 3.
 	AttemptsInPlace int
 
-	// AttemptsMax is the maximum number of attempts of a message in all. Then it is dead. Defaults to 8.
+	// AttemptsMax is the maximum number of attempts of a message in all. Then it is dead. Defaults to
+	// 8.
 	AttemptsMax int
 
-	// BackoffMax is the longest pause before a parked message is tried again. It begins at 1 second
-	// and doubles. Defaults to 5 minutes.
+	// BackoffMax is the longest pause before a parked message is tried again. After n attempts the
+	// pause is random, up to 2^n seconds and at least half of that: 4 to 8 seconds after the third
+	// attempt. Defaults to 5 minutes.
 	BackoffMax time.Duration
 
-	// DeathsMax is the number of processes that may die in a message. After that the message is dead,
-	// and is not run again. A process that dies leaves no trace but a count for its partition, so the
-	// partition's messages are handled one at a time after DeathsMax - 3 deaths. Defaults to 5.
+	// DeathsMax is the number of processes that may die while they handle a message. After that the
+	// message is dead, and its handler does not run again. A process that dies leaves only a count
+	// for its partition, so after DeathsMax - 3 deaths the partition's messages are handled one at
+	// a time. Defaults to 5.
 	DeathsMax int
 
-	// Retention is the time for which the id of a handled message is kept. It must be longer than the
-	// broker keeps a message plus the time that a dead message may wait for its redrive. Defaults to
-	// 14 days.
+	// Retention is the time for which the id of a handled message is kept. It must be longer than
+	// the time for which the broker keeps a message plus the time that a dead message may wait for
+	// its redrive. Defaults to 14 days.
 	Retention time.Duration
 
-	// DeadTopic, if set, is the topic to which each dead message is published too, in the commit that
-	// parks it.
+	// DeadTopic, if set, is the topic to which each dead message is published too, in the commit
+	// that makes it dead.
 	DeadTopic string
 
 	// Service goes into every derived key, as idempotency.Options.Service does.
@@ -145,8 +156,8 @@ type Options struct {
 	// 1 second.
 	ParkedInterval time.Duration
 
-	// Logger gets the consumer's log: parked and dead messages, and outages. It has no key and no body.
-	// Defaults to slog.Default().
+	// Logger gets the consumer's log: parked and dead messages, and outages. It has no key and no
+	// body. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 
@@ -156,7 +167,7 @@ type BatchEnd struct {
 	Partition   Partition
 	Duration    time.Duration
 	Executed    int
-	Duplicates  int // recorded before: published twice
+	Duplicates  int // recorded or parked before: published twice
 	Redelivered int // in front of the position: delivered again
 	Mismatches  int // an id that was recorded with other content; they are dead
 	Parked      int // waiting, or behind another
@@ -181,9 +192,9 @@ type Consumer struct {
 	rewind     context.CancelCauseFunc // ends the source's run; nil outside of Run
 }
 
-// New returns a consumer, which does nothing until [Consumer.Run]. Positions and records belong to its
-// name: two consumers of one topic need two names, and under a new name every message is new. The
-// name is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is
+// New returns a consumer, which does nothing until [Consumer.Run]. Positions and records belong to
+// its name: two consumers of one topic need two names, and under a new name every message is new.
+// The name is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is
 // missing or an option can't work.
 func New(name string, store Store, source Source, handler Handler, opts *Options) *Consumer {
 	if handler == nil {
@@ -239,8 +250,8 @@ func notOfName(r rune) bool {
 // Run handles messages until ctx ends, and returns when the batches under way have ended. The error
 // is that of the source: see [ErrTrimmed] and [ErrRecreated].
 //
-// If the database was restored, or a standby was promoted that did not have the last commits, its
-// positions went back. Then Run begins all partitions again, from there.
+// If the database was restored, or a standby without the last commits was promoted, its positions
+// went back. Then Run begins all partitions again, from there.
 func (c *Consumer) Run(ctx context.Context) error {
 	parked, stop := context.WithCancel(ctx)
 	var running sync.WaitGroup
@@ -260,7 +271,7 @@ func (c *Consumer) Run(ctx context.Context) error {
 // errRewound: a position is lower than one that this process has committed or read.
 var errRewound = errors.New("the position went back")
 
-// consume runs the source until it ends or a position went back, which it returns errRewound for.
+// consume runs the source until it ends. It returns errRewound if a position went back.
 func (c *Consumer) consume(ctx context.Context) error {
 	source, end := context.WithCancelCause(ctx)
 	defer end(nil)
@@ -271,7 +282,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 	if ctx.Err() == nil && errors.Is(context.Cause(source), errRewound) {
 		err = errRewound
 	}
-	// What lives does not count as dead.
+	// This process lives, so it takes the deaths back that it has counted.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgiveTimeout)
 	defer cancel()
 	c.mu.Lock()
@@ -316,8 +327,7 @@ func (c *Consumer) recreated(p Partition) error {
 	return fmt.Errorf("consumer %s: %w: %s is not the one whose offset is stored: if that is meant, delete its rows from message_offsets", c.name, ErrRecreated, p.Source)
 }
 
-// partition is what a consumer knows of a partition in this process. One call of Receive at a time
-// uses it.
+// partition is the state of a partition in this process. One call of Receive at a time uses it.
 type partition struct {
 	counted bool         // a death is counted, and not yet taken back
 	lives   bool         // this process has committed a batch here: it counts no death any more
@@ -329,10 +339,10 @@ type partition struct {
 	failures int               // of the store, in a row
 }
 
-// trouble is a message that can't be handled with others.
+// trouble is the state of a message that can't be handled with others.
 type trouble struct {
 	attempts int
-	park     *Park // decided: it only has to be committed
+	park     *Park // set when its end is decided, and only has to be committed
 	retry    time.Time
 }
 
@@ -364,8 +374,8 @@ func (c *Consumer) Receive(ctx context.Context, p Partition, deliveries []Delive
 	return settled, 0
 }
 
-// next handles the first messages, as many as one batch may have. If none was settled, pause is the
-// time until they should be delivered again; 0 means at once.
+// next handles the first messages, as many as one batch may have. If it settles none, pause is the
+// time after which they should be delivered again; 0 means at once.
 func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deliveries []Delivery) (settled int, pause time.Duration) {
 	select {
 	case c.slots <- struct{}{}:
@@ -400,9 +410,9 @@ func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deli
 	return settled, pause
 }
 
-// countDeath counts the process as one that ended in this batch, until it commits one in this
-// partition. After many deaths the messages are handled one at a time, and the one that is left is
-// dead.
+// countDeath counts this process as dead before the batch begins, unless it has committed a batch
+// in this partition: if it dies in the batch, the count stays. After many deaths the messages are
+// handled one at a time. After DeathsMax of them the first message is dead.
 func (r *run) countDeath() error {
 	if r.state.lives {
 		return nil
@@ -424,8 +434,8 @@ func (r *run) countDeath() error {
 	return nil
 }
 
-// forgiveDeath takes the count back after a batch that was not committed: whatever it failed of, the
-// process did not end. If the store is away, the count stands for the next batch.
+// forgiveDeath takes the count back after a batch that was not committed: whatever the failure was,
+// the process did not end. If the store is away, the count stands for the next batch.
 func (r *run) forgiveDeath() {
 	if r.state.lives || !r.state.counted {
 		return
@@ -482,7 +492,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		_ = rollback(r.ctx, batch)
 		return r.rewound(position.Next, least)
 	}
-	end := r.end // what the commit will have done
+	end := r.end // the counts, once the batch is committed
 	failedAt, failure := anyOfThem, error(nil)
 	var together []*Delivery    // of a BatchHandler
 	behind := map[string]bool{} // topics and keys that were parked in this batch
@@ -530,7 +540,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 	if len(together) > 0 {
 		failure = r.handleTogether(r.ctx, batch, together, claim.Attempt)
 	}
-	// In the order of what proves most: the transaction's own failure is not the message's.
+	// The transaction's own failure comes first: it is not the fault of a message.
 	if err := batch.Seal(); err != nil && (failure == nil || !errors.Is(err, idempotency.ErrAborted)) {
 		_ = rollback(r.ctx, batch)
 		if errors.Is(err, idempotency.ErrAborted) { // a query that was left open, say: it names no message
@@ -582,10 +592,10 @@ func (r *run) do() (settled int, pause time.Duration) {
 func groupOf(d *Delivery) string { return d.Topic + "\x00" + string(d.Key) }
 
 // endTimeout bounds COMMIT and ROLLBACK, and so the time that a silent connection can hold a batch
-// after its own time is over. It is that of a request.
+// after BatchTimeout.
 const endTimeout = 5 * time.Second
 
-// commit commits a batch, also if ctx has ended: its effects are done.
+// commit commits a batch, even if ctx has ended: its handlers have returned.
 func commit(ctx context.Context, batch Batch, end *End) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()
@@ -626,8 +636,8 @@ func (c *Consumer) handleTogether(ctx context.Context, batch Batch, messages []*
 	return returned(func() error { return c.batch(ctx, messages) })
 }
 
-// returned returns the error of a handler, also if it panics or ends its goroutine: that is one of its
-// own, because the source's must go on.
+// returned runs a handler and returns its error, even if it panics or ends its goroutine. It runs
+// in a goroutine of its own, because that of the source must go on.
 func returned(handle func() error) error {
 	err := errGoexit
 	done := make(chan struct{})
@@ -659,7 +669,8 @@ func (r *run) failed(recorded int, err error) (settled int, pause time.Duration)
 		r.state.size = max(len(r.deliveries)/2, 1)
 		return 0, time.Millisecond + rand.N(20*time.Millisecond)
 	case errors.Is(err, idempotency.ErrKeyRecorded):
-		// A copy of one of them was handled meanwhile: alone, each finds out which.
+		// A copy of one of them was handled meanwhile. If each has its own batch, Begin finds
+		// which.
 		r.state.size = 1
 		return 0, time.Millisecond
 	case errors.Is(err, idempotency.ErrAborted) && recorded > 0:
@@ -690,8 +701,9 @@ func (r *run) rewound(next, least int64) (settled int, pause time.Duration) {
 // anyOfThem is the index of a message that is not known.
 const anyOfThem = -1
 
-// blame decides what becomes of a message that could not be handled. If it is not alone, the others
-// are handled without it first; if it is not known, halves of the batch find it.
+// blame decides the end of a message that could not be handled. If its batch has others, they are
+// handled without it first. If it is not known which message it is, the batch is halved until it
+// is.
 func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 	r.end.Err = cause
 	d := &r.deliveries[max(at, 0)]
@@ -709,7 +721,7 @@ func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 	case errors.As(cause, &later):
 		known.park = &Park{State: Waiting, Attempts: known.attempts, NotBefore: later.wait, Error: reason(cause)}
 	default:
-		if len(r.deliveries) > 1 { // its run among others counts for nothing
+		if len(r.deliveries) > 1 { // a run among others does not count as an attempt
 			break
 		}
 		known.attempts++
@@ -722,8 +734,12 @@ func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 			known.retry = time.Now().Add(20*time.Millisecond + rand.N(100*time.Millisecond<<min(known.attempts, 4)))
 		}
 	}
-	if r.options.Order == ByPartition && known.park != nil { // it stays where it is
-		known.park, known.retry = nil, time.Now().Add(r.backoff(known.attempts))
+	if r.options.Order == ByPartition && known.park != nil { // it is not parked
+		wait := r.backoff(known.attempts)
+		if later != nil {
+			wait = later.wait
+		}
+		known.park, known.retry = nil, time.Now().Add(wait)
 		r.options.Logger.Error("idempotency: a message blocks its partition", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", d.Offset, "attempts", known.attempts)
 	}
 	r.state.trouble[d.Offset] = known
@@ -741,8 +757,8 @@ func FingerprintOf(m *message.Message) idempotency.Fingerprint {
 	return idempotency.NewFingerprintV1("MESSAGE", m.Topic, "", "", m.Body)
 }
 
-// recordID returns the key's value for a message's id: the id itself, or a hash of one that no key
-// may have.
+// recordID returns the value of the key for a message's id: the id itself, or its hash if it is not
+// a valid value.
 func recordID(id string) string {
 	if idempotency.ValidateKeyValue(id) == nil {
 		return id
@@ -758,21 +774,29 @@ var ErrRejected = errors.New("message is rejected")
 // of err is kept for operators, up to 500 bytes ([ErrorBytesMax]); it must not quote the message.
 func Reject(err error) error { return fmt.Errorf("%w: %w", ErrRejected, err) }
 
-// Later returns an error for a message that should be tried again after this time. The try does not
-// count.
+// Later returns an error for a message that should be tried again after this time: it is parked
+// until then, and the try does not count. With the order ByPartition nothing is parked: its partition
+// waits so long.
 func Later(wait time.Duration) error { return &laterError{wait} }
 
 type laterError struct{ wait time.Duration }
 
 func (e *laterError) Error() string { return fmt.Sprintf("its handler asked for %v", e.wait) }
 
-// reason returns the text of an error as it is kept with a parked message. Errors of the database
-// and panics may quote data, and have only their kind.
+// reason returns the text of an error as it is kept with a parked message. A panic's value and the
+// words of PostgreSQL may be data, so only the value's type and the SQLSTATE are kept.
 func reason(err error) string {
 	var panicked *idempotency.PanicError
 	text := err.Error()
 	if errors.As(err, &panicked) {
 		text = panicked.Error()
+	}
+	var database interface { // pgconn.PgError
+		error
+		SQLState() string
+	}
+	if errors.As(err, &database) {
+		text = strings.ReplaceAll(text, database.Error(), "SQLSTATE "+database.SQLState())
 	}
 	text = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f {

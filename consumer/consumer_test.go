@@ -21,13 +21,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// topic is a Source in memory: a log for each partition, which it delivers from where the receiver
-// says, batch by batch. The brokers' own tests are in broker/.
+// topic is a Source in memory. It has a log for each partition, and delivers it batch by batch from
+// the offset that the receiver returns. The brokers' own tests are in broker/.
 type topic struct {
 	mu    sync.Mutex
 	logs  map[int32][]consumer.Delivery
 	grown chan struct{}
-	size  int // of what Receive gets; 0: all there is
+	size  int // the number of messages that Receive gets; 0: all
 	id    [16]byte
 }
 
@@ -135,7 +135,7 @@ func (b *bed) start(t *testing.T, source consumer.Source, handler consumer.Handl
 	return stop
 }
 
-// names returns what the handlers wrote, in its order.
+// names returns the effects of the handlers, in their order.
 func (b *bed) names(t *testing.T) string {
 	t.Helper()
 	return strings.Join(b.Strings(t, "SELECT name FROM effects ORDER BY id"), " ")
@@ -167,7 +167,7 @@ func (b *bed) sum(of func(consumer.BatchEnd) int) (n int) {
 	return n
 }
 
-// Mode 6, 8, 23: what was published twice has one effect, wherever the copies are.
+// A message that was published twice has one effect, wherever its copies are.
 func TestMessageThatWasPublishedTwiceIsHandledOnce(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int{1, 100} {
@@ -194,8 +194,8 @@ func TestMessageThatWasPublishedTwiceIsHandledOnce(t *testing.T) {
 	}
 }
 
-// Mode 13, 27: the place is in the database. A new process goes on where the effects end, and after
-// a restore to an earlier state what was lost is consumed again.
+// The position is in the database. A new process goes on behind the last effect, and after a
+// restore to an earlier state the messages of the lost effects are consumed again.
 func TestPositionIsThatOfTheEffects(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -216,7 +216,7 @@ func TestPositionIsThatOfTheEffects(t *testing.T) {
 	}
 }
 
-// Mode 14: two processes that both believe that a partition is theirs give one effect for each
+// Two processes that both believe that a partition is theirs give one effect for each
 // message.
 func TestProcessesOfOnePartitionDoNotDouble(t *testing.T) {
 	t.Parallel()
@@ -238,7 +238,7 @@ func TestProcessesOfOnePartitionDoNotDouble(t *testing.T) {
 	}
 }
 
-// Mode 17: each consumer gets every message.
+// Each consumer gets every message.
 func TestConsumersOfOneTopicAreApart(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -260,8 +260,8 @@ func TestConsumersOfOneTopicAreApart(t *testing.T) {
 	}
 }
 
-// Mode 20, 21: a message that its handler can't take keeps none of its batch from being handled, and
-// blocks its key alone.
+// If a handler can't handle a message, the others of its batch are handled all the same, and only
+// its key is blocked.
 func TestPoisonIsParkedWithItsKey(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int{1, 50} {
@@ -317,7 +317,7 @@ func TestPoisonIsParkedWithItsKey(t *testing.T) {
 	}
 }
 
-// What a handler can say of a message, and what the consumer says of it.
+// The errors of a handler, and the reasons that the consumer keeps.
 func TestMessagesThatAreNotHandled(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("é", consumer.ErrorBytesMax)
@@ -330,6 +330,10 @@ func TestMessagesThatAreNotHandled(t *testing.T) {
 	}{
 		"rejected": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New("no such account")) }, parked: "3:1:message is rejected: no such account", dead: true},
 		"panic":    {handler: func(context.Context, *consumer.Delivery) error { panic("secret") }, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:handler panicked with a string", dead: true},
+		"words of PostgreSQL": {handler: func(ctx context.Context, _ *consumer.Delivery) error {
+			_, err := postgres.Tx(ctx).Exec(ctx, "SELECT 'secret'::int")
+			return fmt.Errorf("read the amount: %w", err)
+		}, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:read the amount: SQLSTATE 22P02", dead: true},
 		"long error": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New(long)) }, dead: true,
 			parked: "3:1:" + ("message is rejected: " + long)[:consumer.ErrorBytesMax-1]},
 		"later":        {handler: func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, parked: "1:0:its handler asked for 1h0m0s"},
@@ -363,7 +367,7 @@ func TestMessagesThatAreNotHandled(t *testing.T) {
 	}
 }
 
-// Mode 30: an outage of the database counts for no message, whichever statement meets it.
+// A try that an outage of the database ends does not count, whichever statement meets the outage.
 func TestOutageParksNothing(t *testing.T) {
 	t.Parallel()
 	for name, sql := range map[string]string{
@@ -402,8 +406,8 @@ func TestOutageParksNothing(t *testing.T) {
 	}
 }
 
-// Mode 26: a handler that needs longer for a batch than a batch may take gets smaller ones, instead
-// of the same one for ever.
+// If a handler needs longer for a batch than BatchTimeout, it gets smaller batches, instead of the
+// same one for ever.
 func TestBatchThatTakesTooLongIsHalved(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -435,8 +439,8 @@ func TestBatchThatTakesTooLongIsHalved(t *testing.T) {
 	}
 }
 
-// Mode 21: a message that kills its process is found though the process can't count, and other
-// messages do not suffer for it. Processes that leave in peace count for nothing.
+// A message that kills its process is found, although the process can't count the death any more,
+// and no other message is dead because of it. Processes that end in order do not count as deaths.
 func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -478,8 +482,8 @@ func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
 	}
 }
 
-// A message that ends its process is found in few deaths, also at the end of a large batch: those in
-// front of it are committed, and the next batches do not begin with all of the others.
+// A message that ends its process is found in few deaths, also at the end of a large batch: those
+// in front of it are committed, and the next batches do not begin with all of the others.
 func TestMessageThatKillsItsProcessIsFoundBehindMany(t *testing.T) {
 	t.Parallel()
 	const before, deathsMax = 30, 40
@@ -514,7 +518,7 @@ func TestMessageThatKillsItsProcessIsFoundBehindMany(t *testing.T) {
 	}
 }
 
-// A message's derived keys are those of its consumer and id, whichever run asks.
+// The derived keys of a message depend on its consumer and its id, and are the same in each run.
 func TestDerivedKeyOfAMessage(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -542,7 +546,7 @@ func TestDerivedKeyOfAMessage(t *testing.T) {
 	}
 }
 
-// Mode 24: the offset of a topic that was recreated means nothing.
+// The offset of a topic that was recreated means nothing.
 func TestRecreatedTopicStops(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -613,8 +617,8 @@ func TestBatchHandler(t *testing.T) {
 	}
 }
 
-// The position is the last guard: a batch whose partition was moved meanwhile commits nothing, even
-// if the lock did not keep the other away.
+// The position is the last guard: if it was moved meanwhile, a batch commits nothing, even if the
+// lock did not keep the other process away.
 func TestBatchOfAMovedPartitionIsFenced(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -642,8 +646,8 @@ func TestBatchOfAMovedPartitionIsFenced(t *testing.T) {
 	}
 }
 
-// Mode 14, the other way around: a connection that falls silent before COMMIT holds a stopping
-// consumer no longer than a COMMIT may take. The next consumer finds out what became of it.
+// A connection that falls silent before COMMIT delays the stop of a consumer no longer than a
+// COMMIT may take. The next consumer finds out whether it was committed.
 func TestSilentConnectionHoldsNoStoppingConsumer(t *testing.T) {
 	t.Parallel()
 	database := testservice.Database(t, "")

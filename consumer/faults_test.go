@@ -20,7 +20,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// dying is the store of a process that will have died: it takes nothing back.
+// dying is the store of a process that is about to die: it takes nothing back.
 type dying struct{ *postgres.Inbox }
 
 func (dying) ForgiveDeath(context.Context, string, consumer.Partition) error {
@@ -50,7 +50,7 @@ func deliveries(from int64, bodies ...string) (all []consumer.Delivery) {
 	return all
 }
 
-// What a dead message does to those behind it is its consumer's order.
+// The order of a consumer decides what happens to the messages behind a dead one.
 func TestOrderBehindADeadMessage(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -102,8 +102,8 @@ func TestOrderBehindADeadMessage(t *testing.T) {
 	}
 }
 
-// With ByKey a message whose time has come waits behind a dead one too: it was parked while the order
-// was another.
+// With ByKey a message waits behind a dead one even if its time has come: it was parked while the
+// order was another.
 func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -136,8 +136,8 @@ func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
 	}
 }
 
-// A message whose id was recorded with other content does not hold those of its key in an unordered
-// batch, and a copy of it blocks nothing.
+// If the id of a message was recorded with other content, it does not hold those of its key in an
+// unordered batch, and a copy of it blocks nothing.
 func TestMismatchBlocksNothing(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -165,7 +165,7 @@ func TestMismatchBlocksNothing(t *testing.T) {
 	}
 }
 
-// Mode 21: who waits for a partition that another process has, and dies, did not die of a message.
+// A process that waits for a partition of another one, and dies, did not die of a message.
 func TestWaitingForAPartitionIsNoDeath(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -202,8 +202,8 @@ func TestWaitingForAPartitionIsNoDeath(t *testing.T) {
 	}
 }
 
-// Mode 21, the other way around: a batch that fails of anything is no death, though the process has
-// committed nothing yet.
+// A batch that fails is no death, whatever the failure is, even if the process has committed
+// nothing yet.
 func TestFailuresAreNoDeaths(t *testing.T) {
 	t.Parallel()
 	for name, handler := range map[string]func(*bed, context.CancelFunc) consumer.Handler{
@@ -252,8 +252,8 @@ func TestFailuresAreNoDeaths(t *testing.T) {
 	}
 }
 
-// Mode 21: a parked message that ends its process is dead after AttemptsMax tries, unrun, however
-// often it is redriven.
+// A parked message that ends its process is dead after AttemptsMax tries, and does not run after
+// them. That holds after each redrive.
 func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
 	t.Parallel()
 	const attemptsMax = 3
@@ -298,8 +298,8 @@ func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
 	}
 }
 
-// A parked message that takes longer than BatchTimeout leaves the others their turn: it is not due at
-// once. The try does not count, because the database may be what is slow.
+// A parked message that takes longer than BatchTimeout is not due again at once, so others have
+// their turn. The try does not count, because it may be the database that is slow.
 func TestParkedMessageThatIsTooSlowIsNotDueAtOnce(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -320,6 +320,16 @@ func TestParkedMessageThatIsTooSlowIsNotDueAtOnce(t *testing.T) {
 	}
 }
 
+// With ByPartition a message that asks for later holds its partition for that time.
+func TestLaterHoldsThePartitionSoLong(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	receiver := b.receiver(b.Store.Inbox(), func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, consumer.Options{Order: consumer.ByPartition})
+	if settled, pause := receiver.Receive(t.Context(), partition0, deliveries(0, "a")); settled != 0 || pause < 59*time.Minute {
+		t.Errorf("%d settled, pause %v", settled, pause)
+	}
+}
+
 // A parked message that fails at COMMIT has failed.
 func TestParkedMessageThatFailsAtCommitIsDead(t *testing.T) {
 	t.Parallel()
@@ -335,8 +345,8 @@ func TestParkedMessageThatFailsAtCommitIsDead(t *testing.T) {
 	})
 }
 
-// Mode 30: an outage while a parked message is tried counts for it as little, even if the count can't
-// be taken back at once.
+// If an outage ends the try of a parked message, the try does not count either, even if the count
+// can't be taken back at once.
 func TestOutageCountsForNoParkedMessage(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -382,7 +392,8 @@ func (s *away) Repark(ctx context.Context, name string, tried int, park *consume
 	return s.Inbox.Repark(ctx, name, tried, park, publish...)
 }
 
-// What a batch did is told after its COMMIT: what was undone is not told, and not told twice.
+// OnBatch gets the counts of a batch after its COMMIT. It gets none that were undone, and none
+// twice.
 func TestBatchThatIsUndoneTellsNothing(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -419,8 +430,9 @@ func TestBatchThatIsUndoneTellsNothing(t *testing.T) {
 	}
 }
 
-// Mode 27: the database goes back while the consumer runs: it was restored, or a standby was promoted
-// that did not have the last commits. What was lost is consumed again, though the source is past it.
+// The database goes back while the consumer runs: it was restored, or a standby without the last
+// commits was promoted. The messages of the lost effects are consumed again, although the source is
+// past them.
 func TestPositionThatGoesBackMeanwhile(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()
@@ -441,14 +453,14 @@ func TestPositionThatGoesBackMeanwhile(t *testing.T) {
 	if err := tx.Commit(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	source.publish(0, "10", "k", "10") // nobody knows before there is another message
+	source.publish(0, "10", "k", "10") // the consumer notices with the next message
 	b.at(t, 0, 11)
 	if got := b.names(t); got != "0 1 2 3 4 5 6 7 8 9 10" {
 		t.Errorf("effects %q", got)
 	}
 }
 
-// Mode 24: a process that still reads the former topic neither handles its messages nor moves the
+// A process that still reads the former topic neither handles its messages nor moves the
 // position of the one that was recreated.
 func TestFormerTopicMovesNoPosition(t *testing.T) {
 	t.Parallel()
@@ -475,7 +487,7 @@ func TestFormerTopicMovesNoPosition(t *testing.T) {
 	}
 }
 
-// Mode 18: an id is recorded with the effects, never before: a message whose first runs failed is no
+// An id is recorded with the effects, never before: after runs that failed a message is no
 // duplicate.
 func TestMessageThatFailedIsNoDuplicate(t *testing.T) {
 	t.Parallel()
@@ -503,7 +515,7 @@ func TestMessageThatFailedIsNoDuplicate(t *testing.T) {
 	}
 }
 
-// Mode 19: two copies are handled at once, by two workers. One has an effect.
+// Two copies are handled at once, by two workers. One has an effect.
 func TestCopiesAtOnceHaveOneEffect(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -535,8 +547,8 @@ func TestCopiesAtOnceHaveOneEffect(t *testing.T) {
 	}
 }
 
-// Mode 26: a handler that outlives its time is undone and runs again. Between two tries neither a
-// connection nor a lock is held.
+// A handler that takes longer than BatchTimeout is undone and runs again. Between two tries neither
+// a connection nor a lock is held.
 func TestHandlerThatOutlivesItsTime(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)

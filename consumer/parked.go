@@ -11,17 +11,17 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// parkedAtOnce is the maximum number of parked messages of one look.
+// parkedAtOnce is the maximum number of parked messages that one look reads.
 const parkedAtOnce = 64
 
-// unsettledTry is a try that was counted, and has to be taken back: it ended in an outage of the
-// database, which could not take it back either.
+// unsettledTry is a try that was counted, and has to be taken back: the store was away when its end
+// should have been written.
 type unsettledTry struct {
 	tried int
 	park  Park
 }
 
-// retry handles parked messages that are due until ctx ends.
+// retry handles due parked messages until ctx ends.
 func (c *Consumer) retry(ctx context.Context) {
 	for ctx.Err() == nil {
 		tries := c.unsettled
@@ -40,7 +40,7 @@ func (c *Consumer) retry(ctx context.Context) {
 			}
 		}
 		if handled > 0 {
-			continue // those behind them are due now
+			continue // the messages behind them are due now
 		}
 		select {
 		case <-ctx.Done():
@@ -49,7 +49,8 @@ func (c *Consumer) retry(ctx context.Context) {
 	}
 }
 
-// retryOne tries a parked message once, and reports whether it is parked no more.
+// retryOne tries a parked message once, and reports whether it was handled and is not parked any
+// more.
 func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	select {
 	case c.slots <- struct{}{}:
@@ -66,7 +67,7 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	})
 	d := park.Delivery
 	if d == nil {
-		return false // it is gone, or the store is away: the next look tells
+		return false // it is gone, or the store is away: the next look finds out
 	}
 	tried := park.Attempts
 	if err != nil { // another process has it, or the store is away
@@ -138,8 +139,8 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	return false
 }
 
-// countsAsTry reports whether a try that ended with these errors, of the handler or COMMIT and of the
-// transaction, is the message's.
+// countsAsTry reports whether a try that failed counts for the message. The first error is that of
+// the handler or of COMMIT, the second one that of the transaction.
 func countsAsTry(failure, sealed error) bool {
 	if sealed != nil && !errors.Is(sealed, idempotency.ErrAborted) {
 		return false
@@ -152,14 +153,16 @@ func countsAsTry(failure, sealed error) bool {
 	return true
 }
 
-// takeBack undoes the count of a try that is not the message's. It is due again after this time.
+// takeBack undoes the count of a try that does not count for the message. The message is due again
+// after this time.
 func (c *Consumer) takeBack(ctx context.Context, park *Park, wait time.Duration) {
 	tried := park.Attempts
 	park.State, park.Attempts, park.NotBefore = Waiting, tried-1, wait
 	c.repark(ctx, tried, park)
 }
 
-// repark writes the state of a parked message. If the store is away, it is written later.
+// repark writes the state of a parked message, and reports whether it did. If the store is away,
+// the try is taken back later: the message is then due again, whatever its state should have been.
 func (c *Consumer) repark(ctx context.Context, tried int, park *Park, publish ...message.Message) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()

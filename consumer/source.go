@@ -8,14 +8,14 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// Partition is a part of a source whose messages have an order: a partition of a Kafka topic, a
-// subject of a NATS stream, a shard of an outbox.
+// Partition is a part of a source, and its messages have an order. It is a partition of a Kafka
+// topic, a stream of NATS, or a shard of an outbox.
 type Partition struct {
-	Source string // the topic or stream
+	Source string // the topic
 	Number int32
 
-	// Incarnation is the source's own id, which differs if it was deleted and recreated under its
-	// name. Zero if the broker has none.
+	// Incarnation is the broker's id of the topic, or in NATS of the partition's stream. It differs
+	// if that was deleted and recreated under its name. Zero if the broker has none.
 	Incarnation [16]byte
 }
 
@@ -32,13 +32,13 @@ type Delivery struct {
 
 // FromOldest is the offset that a [Receiver] returns for a partition that was never consumed: it
 // begins with the oldest message that the broker has. There is no such offset for the newest one:
-// until a position is committed, a restart would skip what was published meanwhile.
+// until a position is committed, a restart would skip the messages that were published meanwhile.
 const FromOldest int64 = -2
 
 // Errors of a [Source]. Their texts name the remedy.
 var (
 	// ErrTrimmed: the broker has deleted messages that were not consumed, so the next offset is in
-	// front of its oldest one. The source stops: an operator decides where to go on.
+	// front of its oldest one. The source stops: an operator decides at which offset it goes on.
 	ErrTrimmed = errors.New("messages were deleted unread")
 	// ErrRecreated: the topic or stream was deleted and recreated, so the stored offset means nothing.
 	ErrRecreated = errors.New("source was recreated")
@@ -55,8 +55,9 @@ type Source interface {
 	//     received at once.
 	//   - If not all messages of a call are settled, it delivers the others again after the pause,
 	//     and nothing behind them meanwhile.
-	//   - If the partition is taken away, it gives Receive what is left of the time until another
-	//     process may have it, and then ends its context. What it holds of the partition it drops.
+	//   - If the partition is taken away, the call under way may use the time that is left until
+	//     another process may have the partition. Then its context ends. The source drops the
+	//     messages of the partition that it holds.
 	//   - It may tell the broker the offsets that are settled, for tools that show the lag. Nothing
 	//     depends on that.
 	Run(ctx context.Context, receiver Receiver) error
@@ -68,12 +69,13 @@ type Receiver interface {
 	// ErrRecreated if the partition's incarnation is another one than before.
 	Assigned(ctx context.Context, partition Partition) (offset int64, err error)
 
-	// Receive handles messages of one partition. It returns the number of them that are settled, from
-	// the first on: their effects are committed, with the position behind them. The others are
-	// delivered again, not before the pause. The slice stays the source's: Receive changes nothing in
-	// it.
+	// Receive handles messages of one partition. It returns the number of them that are settled,
+	// from the first on: their effects are committed, with the position behind them. The source
+	// delivers the others again, not before the pause. The slice belongs to the source: Receive
+	// changes nothing in it.
 	Receive(ctx context.Context, partition Partition, deliveries []Delivery) (settled int, pause time.Duration)
 
-	// BatchMax is the maximum number of deliveries that one Receive handles; more only wait.
+	// BatchMax is the maximum number of deliveries that Receive handles together. A call may have
+	// more, which only wait for the first ones.
 	BatchMax() int
 }

@@ -15,34 +15,36 @@ type Store interface {
 	// Position returns the position of a partition. It waits for no batch.
 	Position(ctx context.Context, consumer string, partition Partition) (Position, error)
 
-	// CountDeath is called before a batch of a process that has committed none in the partition. It
-	// adds 1 to the partition's deaths, and returns them. The commit of a position sets them to 0. It
-	// counts nothing and returns ErrHeld if another process has the lock of the partition.
+	// CountDeath is called before a batch if the process has committed none in the partition. It
+	// adds 1 to the partition's deaths, and returns them. Each commit of a batch sets them to 0.
+	// CountDeath counts nothing and returns ErrHeld if another process has the lock of the
+	// partition.
 	CountDeath(ctx context.Context, consumer string, partition Partition) (deaths int, err error)
 
-	// ForgiveDeath takes CountDeath back: the batch has ended, and the process lives.
+	// ForgiveDeath undoes one CountDeath: the batch has ended, and the process lives.
 	ForgiveDeath(ctx context.Context, consumer string, partition Partition) error
 
-	// Due returns the ids of parked messages that are due, at most max: those whose time has come, and
-	// those that no other message of their key is in front of any more. If ordered, a message whose
-	// time has come is due only if it waits behind no other of its topic and key.
+	// Due returns the ids of parked messages that are due, at most max. A Waiting message is due
+	// when its time has come; if ordered, no other parked message of its topic and key may be in
+	// front of it. A WaitingBehind message is due when none is in front of it any more.
 	Due(ctx context.Context, consumer string, ordered bool, max int) (ids []string, err error)
 
-	// BeginParked is Begin for a parked message. It counts the try before it begins, so that a message
-	// that ends its process is found: Park.Attempts has it, and the message is not due for claim.Lease.
-	// If Park.Delivery is nil, the message is not due any more, and nothing is counted. If there is a
-	// delivery and an error, the try is counted, and Repark must take it back. Commit deletes the row.
+	// BeginParked is Begin for a parked message. It counts the try before the transaction begins,
+	// so that a message that ends its process is found: Park.Attempts includes the try, and the
+	// message is not due for claim.Lease. If Park.Delivery and the error are nil, the message is
+	// not due any more, and nothing is counted. If there is a delivery and an error, the try is
+	// counted, and Repark must take it back. Commit deletes the row.
 	BeginParked(ctx context.Context, claim *ParkedClaim) (Batch, Park, error)
 
-	// Repark writes the state of a parked message after a try, and publishes messages with it. Tried is
-	// the Park.Attempts of BeginParked. It does nothing if the message is not parked any more, or
-	// changed meanwhile: an operator redrove it, say.
+	// Repark writes the state of a parked message after a try, and publishes messages in the same
+	// transaction. Tried is the Park.Attempts of BeginParked. It does nothing if the message is not
+	// parked any more, or changed meanwhile: an operator redrove it, say.
 	Repark(ctx context.Context, consumer string, tried int, park *Park, publish ...message.Message) error
 
-	// Begin opens a transaction for a batch, takes the lock of the partition, reads its position and
-	// what is known of the messages. It returns ErrHeld if another process has the lock, and never
-	// waits for it; [idempotency.ErrNotSerializable] if it should be called again; anything else
-	// means that the store is unavailable.
+	// Begin opens a transaction for a batch, takes the lock of the partition, and reads its
+	// position and the state of each message. It returns ErrHeld if another process has the lock,
+	// and never waits for it; [idempotency.ErrNotSerializable] if it should be called again; any
+	// other error means that the store is unavailable.
 	Begin(ctx context.Context, claim *Claim) (Batch, error)
 }
 
@@ -80,10 +82,10 @@ type Entry struct {
 	Fingerprint idempotency.Fingerprint
 }
 
-// Known is what the store knows of a message.
+// Known is the state of a message in the store.
 type Known int
 
-// The states of a message in the store.
+// The states.
 const (
 	Unknown  Known = iota
 	Recorded       // it was handled before: a copy
@@ -105,17 +107,18 @@ var (
 type Batch interface {
 	// Position is the partition's, as Begin read it.
 	Position() Position
-	// Known is what the store knows of the entry with this index.
+	// Known is the state of the entry with this index.
 	Known(entry int) Known
 	// Context returns ctx with the transaction for a handler.
 	Context(ctx context.Context) context.Context
-	// Seal takes the transaction away from the handler and reports its state, as
+	// Seal takes the transaction away from the handler and returns the error of its state, as
 	// [idempotency.Attempt] does.
 	Seal() error
-	// Commit writes the records, parks messages and moves the position in one round trip with COMMIT.
-	// It returns the errors of [idempotency.Attempt]'s Commit, and ErrFenced. ErrKeyRecorded means
-	// that another process recorded one of the ids meanwhile. After ErrUnknown the next batch finds
-	// the truth: its lock waits for this one's end, and then the position is there or not.
+	// Commit writes the records, parks messages and moves the position in one round trip with
+	// COMMIT. It returns the errors of [idempotency.Attempt]'s Commit, and ErrFenced.
+	// ErrKeyRecorded means that another process recorded or parked one of the ids meanwhile. After
+	// ErrUnknown the next batch finds the outcome: it gets the lock only after this transaction's
+	// end, and then reads whether the position was moved.
 	Commit(ctx context.Context, end *End) error
 	// Rollback undoes everything.
 	Rollback(ctx context.Context) error
@@ -123,9 +126,9 @@ type Batch interface {
 
 // End has the results that a batch commits.
 type End struct {
-	Next     int64             // the new position; nothing for a message that was parked
+	Next     int64             // the new position; not used for a parked message that is tried again
 	Recorded []int             // entries that were handled
-	Park     []Park            // messages that are left to a later time or a person
+	Park     []Park            // messages to park
 	Publish  []message.Message // beside those of the handlers
 	TTL      time.Duration     // of the records
 }
@@ -136,7 +139,7 @@ type Park struct {
 	State     ParkState
 	Attempts  int
 	NotBefore time.Duration // from now; for Waiting
-	Error     string        // for an operator; bounded, and without the message's data
+	Error     string        // for an operator; bounded
 }
 
 // ParkState is the state of a parked message.
@@ -145,6 +148,6 @@ type ParkState int16
 // The states. Stores keep their numbers.
 const (
 	Waiting       ParkState = 1 // it is tried again later
-	WaitingBehind ParkState = 2 // behind another message of its key, unrun
+	WaitingBehind ParkState = 2 // behind another message of its key; its handler did not run
 	Dead          ParkState = 3 // until a person redrives or drops it
 )

@@ -4,11 +4,11 @@
 //		Topic: "transfers", Key: []byte(t.From), Body: body,
 //	})
 //
-// [Publish] sends nothing. The message is written to the outbox in the commit that has the handler's
-// writes and its answer, at no extra round trip. A relay (package relay) takes it to the broker
-// later. So the message exists if and only if its effect does, and reaches the broker at least once.
-// Its id is derived from the request's key: a consumer that records ids (package consumer) handles
-// it once.
+// [Publish] sends nothing. The message is written to the outbox in the commit that has the
+// handler's writes and its answer, at no extra round trip. A relay (package relay) takes it to the
+// broker later. So the message exists if and only if its effect does, and it reaches the broker at
+// least once. Its id is derived from the request's key: a consumer that records ids (package
+// consumer) handles it once.
 package message
 
 import (
@@ -30,8 +30,8 @@ const (
 	PublishedMax   = 1000 // messages of one transaction
 )
 
-// ErrInvalid: the message breaks a rule or a limit of this package. The text names it, and quotes
-// nothing of the message.
+// ErrInvalid: the message breaks a rule or a limit of this package. The text names the rule, and
+// quotes nothing of the message.
 var ErrInvalid = errors.New("message is invalid")
 
 // Message is a message as it is published, and as a consumer gets it.
@@ -49,8 +49,8 @@ type Message struct {
 	// keep.
 	Key []byte
 
-	// Header has more fields, as in HTTP: names are tokens, and no value has a control character.
-	// At most 64 KiB ([HeaderBytesMax]). May be nil.
+	// Header has further fields, by the rules of HTTP: names are tokens, and no value has a control
+	// character. All names and values have at most 64 KiB ([HeaderBytesMax]). May be nil.
 	Header map[string][]string
 
 	// Body is at most 896 KiB ([BodyBytesMax]).
@@ -84,34 +84,37 @@ func notOfTopic(r rune) bool {
 // Outbox takes the messages of one transaction. A store offers it to [Publish] under [OutboxKey] in
 // the context of a handler.
 type Outbox interface {
-	// Add adds a valid message with its ID. It fails if the transaction has a message with this ID, or
-	// has [PublishedMax] messages. After an error the message is not added, and nothing of the
-	// transaction is committed even if the handler ignores the error.
+	// Add adds a valid message with its ID. It fails if the transaction has a message with this ID,
+	// or has [PublishedMax] messages. After an error the message is not added, and the transaction
+	// is not committed even if the handler ignores the error: see [Publish] for the exceptions.
 	Add(m *Message) error
-	// Refuse makes the transaction fail because of err, which Publish returned.
+	// Refuse makes the transaction fail because of err, which Publish returns.
 	Refuse(err error)
 }
 
 // OutboxKey is the key of an [Outbox] in a context.
 type OutboxKey struct{}
 
-// Publish adds a message to those that leave with the transaction of the handler that runs with
-// this context. It sends nothing: an answer that undoes the handler's writes undoes the message too.
-// Messages that were published in a nested transaction are dropped if that is rolled back. The bytes
-// of the message must not change until the handler has returned.
+// Publish adds a message to the transaction of the handler that runs with this context. It sends
+// nothing: an answer that undoes the handler's writes undoes the message too. A message that was
+// published while a nested transaction was open is dropped if that is rolled back. The bytes of the
+// message must not change until the request has ended.
 //
 // The name is 1 to 100 visible ASCII characters ([NameBytesMax]), and stands for this message among
 // those of the handler: with the request's key it makes the message's id ([ID]), so that every run
 // of the request publishes under the same id. Publish overwrites Message.ID.
 //
-// The error wraps [ErrInvalid], or says that the transaction can't take the message: because it has
-// one of this name, or [PublishedMax] messages. Nothing of the request is committed after an error,
-// even if the handler ignores it. Inside a postgres.Phase the message leaves with the phase's
-// COMMIT. On a resumable route, outside of a phase, Publish counts as a use of the transaction: no
-// call to another service may follow.
+// The error wraps [ErrInvalid] if the message breaks a rule, if the transaction has one of this
+// name, or if it has [PublishedMax] messages. Other errors say that the transaction can't be used
+// now. After an error nothing of the transaction is committed, even if the handler ignores the
+// error. There are three exceptions: the error came in a nested transaction that is rolled back, or
+// in one that had ended; or the handler had returned.
+//
+// Inside a postgres.Phase the message leaves with the phase's COMMIT. On a resumable route, outside
+// of a phase, Publish counts as a use of the transaction: no call to another service may follow.
 //
 // Publish is for one goroutine at a time, as the transaction is. It panics outside an idempotent
-// handler, and in one whose store has no outbox.
+// handler, and if the store has no outbox.
 func Publish(ctx context.Context, name string, m Message) error {
 	outbox, ok := ctx.Value(OutboxKey{}).(Outbox)
 	if !ok {

@@ -7,8 +7,8 @@
 //
 // A message is deleted from the outbox only after the broker has confirmed it, so none is lost. If
 // the relay or the database dies in between, the message is published again with the same id, by
-// which consumers drop the copy (package consumer). The relay keeps no cursor, so it skips no message
-// that is committed late.
+// which consumers drop the copy (package consumer). The relay keeps no cursor, so it skips no
+// message that is committed late.
 package relay
 
 import (
@@ -25,29 +25,31 @@ import (
 )
 
 // ErrRefused marks the error of a message that the broker will never take: it is too large, say, or
-// its topic does not exist. The message stays until an operator retries or drops it, and the
-// later ones of its topic and key wait behind it.
+// its topic does not exist. The message stays in the outbox until an operator retries or drops it,
+// and the later ones of its topic and key wait behind it.
 var ErrRefused = errors.New("broker refuses the message")
 
 // Publisher is a broker that takes messages. It is safe for concurrent use.
 type Publisher interface {
 	// Publish sends messages, waits until the broker has confirmed or refused each, and returns an
-	// error for each, in their order: nil if it is confirmed and the broker keeps it, one that wraps
-	// [ErrRefused], or any other if it is not known to be kept. Messages with one topic and key
-	// arrive in their order; after one that failed, no later one of them is kept. It returns soon after
-	// ctx ends, and then sends nothing more.
+	// error for each, in their order: nil if it is confirmed and the broker keeps it, one that
+	// wraps [ErrRefused], or any other if it is not known to be kept. Messages with one topic and
+	// key arrive in their order: after an error all later ones get an error too, and if one is not
+	// kept, no later one is. Publish returns soon after ctx ends, and then sends nothing more.
 	Publish(ctx context.Context, messages []message.Message) []error
 }
 
-// Outbox has the messages that no broker has confirmed yet: postgres.Outbox is one. It is divided into
-// shards, and all messages with one topic and key are in one shard. It is safe for concurrent use.
+// Outbox has the messages that no broker has confirmed yet: postgres.Outbox is one. It is divided
+// into shards, and all messages with one topic and key are in one shard. It is safe for concurrent
+// use.
 type Outbox interface {
 	// Waiting returns the shards that have messages to publish.
 	Waiting(ctx context.Context) (shards []int, err error)
 
-	// Drain passes the oldest messages of a shard to publish, within the limits, while no other relay
-	// can pass any of this shard. It deletes those that publish returns nil for, and marks those that
-	// it returns [ErrRefused] for. It does nothing if another relay has the shard.
+	// Drain passes the oldest messages of a shard to publish, within the limits. Meanwhile no other
+	// relay can pass any message of this shard on. If publish returns nil for a message, Drain
+	// deletes it; if it returns [ErrRefused], Drain marks it. It does nothing if another relay has
+	// the shard.
 	Drain(ctx context.Context, shard int, limits Limits, publish func(context.Context, []message.Message) []error) (Drained, error)
 
 	// Nudged returns a channel that gets a value soon after this process has committed a message.
@@ -57,7 +59,7 @@ type Outbox interface {
 // Limits bound one batch.
 type Limits struct {
 	Messages int
-	Bytes    int // of bodies; the first message may be larger
+	Bytes    int // of bodies: a batch ends with the message that reaches this number or exceeds it
 }
 
 // Drained is the result of one batch.
@@ -72,17 +74,17 @@ type Drained struct {
 
 // Options tune a [Relay]. Nil and the zero value are the defaults.
 type Options struct {
-	// Interval is the mean pause between two looks for messages that another process has published.
-	// This process's own are published at once. Each pause is random, from half to one and a half of
-	// it. Defaults to 200 milliseconds.
+	// Interval is the mean pause between two looks for messages of other processes. Those that a
+	// handler of this process publishes are found at once. Each pause is random, from half to one
+	// and a half of Interval. Defaults to 200 milliseconds.
 	Interval time.Duration
 
-	// AtOnce is the maximum number of shards that are drained at the same time. Each holds a
+	// AtOnce is the maximum number of shards that are drained at the same time, each on a
 	// connection to the database. Defaults to 4.
 	AtOnce int
 
-	// BatchMessages and BatchBytes bound the messages that are sent to the broker at a time. They
-	// default to 500 messages and 8 MiB of bodies.
+	// BatchMessages and BatchBytes bound the messages of a shard that are sent to the broker at a
+	// time: see [Limits]. They default to 500 messages and 8 MiB of bodies.
 	BatchMessages int
 	BatchBytes    int
 
@@ -140,8 +142,8 @@ func (r *Relay) ended(shard int, drained Drained, duration time.Duration, err er
 	}
 }
 
-// Run publishes messages until ctx ends. It returns when the batches under way have ended, at most
-// Options.PublishTimeout later.
+// Run publishes messages until ctx ends. It returns when the batches under way have ended: the
+// broker has Options.PublishTimeout to confirm them, and then they are deleted from the outbox.
 func (r *Relay) Run(ctx context.Context) {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -198,7 +200,7 @@ func (r *Relay) drain(ctx context.Context, shard int) (failed bool) {
 	for ctx.Err() == nil {
 		started := time.Now()
 		drained, err := r.outbox.Drain(ctx, shard, limits, func(_ context.Context, messages []message.Message) []error {
-			// What was begun is ended: otherwise a stop would publish messages twice.
+			// A batch that has begun goes on: otherwise a stop would publish messages twice.
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.options.PublishTimeout)
 			defer cancel()
 			return r.publisher.Publish(ctx, messages)

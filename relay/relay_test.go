@@ -22,12 +22,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// recorder is a Publisher that keeps what it got. The brokers' own tests are in broker/.
+// recorder is a Publisher that keeps its messages. The brokers' own tests are in broker/.
 type recorder struct {
 	mu     sync.Mutex
 	got    []message.Message
 	result func(m *message.Message) error // nil: all are confirmed
-	after  func(context.Context)          // called between the broker's confirmation and Publish's return
+	after  func(context.Context)          // called after the broker's confirmation and before Publish returns
 }
 
 func (p *recorder) Publish(ctx context.Context, messages []message.Message) []error {
@@ -56,7 +56,7 @@ func (p *recorder) Publish(ctx context.Context, messages []message.Message) []er
 	return results
 }
 
-// bodies returns what the broker got, in its order.
+// bodies returns the bodies that the broker got, in its order.
 func (p *recorder) bodies() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -108,7 +108,7 @@ func empty(t *testing.T, s *testservice.Service) func() bool {
 	return func() bool { return s.Count(t, "SELECT count(*) FROM message_outbox") == 0 }
 }
 
-// What is published arrives as it was, and leaves the outbox.
+// A message arrives at the broker as it was published, and is deleted from the outbox.
 func TestRelayPublishesAndDeletes(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -128,8 +128,8 @@ func TestRelayPublishesAndDeletes(t *testing.T) {
 	}
 }
 
-// A message that the broker refuses stays with its key: later ones of the key wait, others go
-// on. Once the operator lets it go they follow in their order.
+// A message that the broker refuses stays in the outbox: later ones of its key wait, and others are
+// published. Once the operator retries it, the later ones follow in their order.
 func TestRefusedMessageHoldsItsKey(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -252,8 +252,8 @@ func (b *lockedBuffer) String() string {
 	return b.text.String()
 }
 
-// Mode 1: a message whose id was drawn first may be committed last, behind one that is published and
-// deleted meanwhile.
+// A message may draw its id first and be committed last, when one with a higher id is published and
+// deleted already.
 func TestMessageThatIsCommittedLateIsNotSkipped(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -326,8 +326,8 @@ func TestMessageStaysUntilItIsConfirmed(t *testing.T) {
 	}
 }
 
-// Mode 6: a relay that dies between the broker's confirmation and the deletion publishes the message again,
-// under the same id.
+// If a relay dies between the broker's confirmation and the deletion, the message is published
+// again under the same id.
 func TestDeathBetweenConfirmationAndDeletionPublishesAgain(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -346,7 +346,7 @@ func TestDeathBetweenConfirmationAndDeletionPublishesAgain(t *testing.T) {
 	}
 }
 
-// A stop ends what was begun: nothing is published twice because of it.
+// A stop lets the batch under way end: nothing is published twice because of it.
 func TestStopEndsTheBatchUnderWay(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -371,7 +371,8 @@ func TestStopEndsTheBatchUnderWay(t *testing.T) {
 	}
 }
 
-// A batch ends at its limits; a message that is larger than all of Bytes still leaves, alone.
+// A batch ends at its limits. A message that is larger than all of Bytes is published too, by
+// itself.
 func TestBatchesAreBounded(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -407,7 +408,7 @@ func TestBatchesAreBounded(t *testing.T) {
 	}
 }
 
-// Modes 1 to 5, and 7. Eight writers, four relays: nothing is lost, nothing is published twice, and each key keeps the
+// Eight writers, four relays: nothing is lost, nothing is published twice, and each key keeps the
 // order of its commits, whatever a long transaction of somebody else does to the horizon.
 func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
 	t.Parallel()
@@ -465,9 +466,10 @@ func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
 	}
 }
 
-// Mode 12: two services in one database. With one outbox, either one's relay publishes what both
-// made, once and in the order of its keys. With a schema of its own a service has its own outbox:
-// nothing of the other's reaches its broker. The same key of a client makes two messages.
+// Two services in one database. With one outbox, the relay of either publishes the messages of
+// both, each once and in the order of its key. With a schema of its own a service has its own
+// outbox: no message of the other one reaches its broker. If a client sends one key to both, there
+// are two messages.
 func TestTwoServicesInOneDatabase(t *testing.T) {
 	t.Parallel()
 	for _, schema := range []string{"public", "billing"} {
@@ -481,7 +483,7 @@ func TestTwoServicesInOneDatabase(t *testing.T) {
 			}
 			brokers := map[string]*recorder{"orders": new(recorder), "billing": new(recorder)}
 			if schema == "public" {
-				brokers["billing"] = brokers["orders"] // who shares the outbox shares the broker
+				brokers["billing"] = brokers["orders"] // services that share the outbox share the broker
 			}
 			run(t, orders.Store.Outbox(), brokers["orders"], &relay.Options{BatchMessages: 7})
 			run(t, billing.Store.Outbox(), brokers["billing"], &relay.Options{BatchMessages: 7})
@@ -537,7 +539,7 @@ func TestTwoServicesInOneDatabase(t *testing.T) {
 	}
 }
 
-// Mode 7: what one relay is publishing no other one publishes.
+// While a relay publishes messages, no other one publishes any of their shard.
 func TestRelayLeavesWhatIsUnderWayAlone(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
@@ -567,9 +569,9 @@ func TestRelayLeavesWhatIsUnderWayAlone(t *testing.T) {
 	}
 }
 
-// Modes 2 and 11: somebody's transaction is open all the time. No message waits for its end, nor for
-// the rows that can't be vacuumed because of it. A message of the transaction itself leaves after its
-// COMMIT, though others of its shard with higher ids have left before.
+// Somebody's transaction is open all the time. No message waits for its end, nor for the rows that
+// can't be vacuumed because of it. A message of the transaction itself leaves after its COMMIT,
+// though others of its shard with higher ids have left before.
 func TestLongTransactionDelaysNoMessage(t *testing.T) {
 	t.Parallel()
 	const messages = 40
@@ -606,7 +608,7 @@ func TestLongTransactionDelaysNoMessage(t *testing.T) {
 	}
 }
 
-// Mode 6: eight writers, four relays whose sessions are killed while they publish. A message is
+// Eight writers, and four relays; the relays' sessions are killed while they publish. A message is
 // published twice only if it was in the outbox at a kill, none is lost, and the first copies of a
 // key keep their order.
 func TestOnlyAKillPublishesTwice(t *testing.T) {

@@ -1,4 +1,5 @@
-// Package brokertest tests that a broker keeps the contracts of relay.Publisher and consumer.Source.
+// Package brokertest tests that a broker keeps the contracts of relay.Publisher and
+// consumer.Source.
 //
 //	func TestBroker(t *testing.T) {
 //		brokertest.Run(t, brokertest.Features{}, func(t *testing.T) *brokertest.Harness {
@@ -7,8 +8,8 @@
 //	}
 //
 // Each case is a subtest on a harness of its own, and guards one rule, which it prints if it fails.
-// A case that needs something that the broker does not promise, or that the harness can't do, is
-// skipped and says so. Run it with -race.
+// A case is skipped, with the reason, if it needs something that the broker does not promise or
+// that the harness can't do. Run the suite with -race.
 package brokertest
 
 import (
@@ -31,7 +32,7 @@ type Features struct {
 	// NoGroups: a source shares its partitions with no other source of the same consumer.
 	NoGroups bool
 
-	// NoIncarnation: the broker does not tell a topic from one that was deleted under its name.
+	// NoIncarnation: the broker can't distinguish a topic from a deleted one with its name.
 	NoIncarnation bool
 
 	// NoSource and NoPublisher: the broker has only the other half.
@@ -39,13 +40,14 @@ type Features struct {
 	NoPublisher bool
 }
 
-// Partitions is the number of partitions of each topic of the suite, if the broker has such a number.
+// Partitions is the number of partitions of each topic of the suite, if the broker has such a
+// number.
 const Partitions = 3
 
-// Harness is a broker, and the functions that the suite needs. They are safe for concurrent use. A
-// function that is nil rules out the cases that need it. Each returns only if it has succeeded.
+// Harness is a broker, and the functions that the suite needs. They are safe for concurrent use. If
+// a function is nil, the cases that need it are skipped. A function that fails ends the test.
 type Harness struct {
-	// Topic creates an empty topic, whose name nobody else uses.
+	// Topic creates an empty topic with a name that nobody else uses.
 	Topic func(t *testing.T) string
 
 	// Publisher returns a publisher with connections of its own, behind the network.
@@ -55,7 +57,7 @@ type Harness struct {
 	// The network may be nil.
 	Source func(t *testing.T, consumer string, topics ...string) (consumer.Source, *Network)
 
-	// SourceNetwork says that Source returns a network.
+	// SourceNetwork must be true if Source returns a network.
 	SourceNetwork bool
 
 	// Read returns all messages that the broker has of a topic, by partition, in their order. It does
@@ -65,11 +67,10 @@ type Harness struct {
 	// Network is between the publishers and the broker.
 	Network *Network
 
-	// Restart ends the broker without warning, and starts it again with what it had stored. The
-	// addresses stay.
+	// Restart kills the broker, and starts it again with its stored data and at the same addresses.
 	Restart func(t *testing.T)
 
-	// Trim deletes the messages of a topic that the broker has, as its retention does. Offsets go on.
+	// Trim deletes all messages of a topic, as the broker's retention does. The offsets go on.
 	Trim func(t *testing.T, topic string)
 
 	// Recreate deletes a topic and creates it again under its name.
@@ -83,8 +84,8 @@ type Harness struct {
 	// tests. Zero leaves the case out.
 	Rebalance time.Duration
 
-	// Rebalancing blocks until the broker has taken a partition from one of the two members of the
-	// consumer of a topic. May be nil: a case is weaker without it.
+	// Rebalancing blocks until the broker has begun to take a partition from one of the two members
+	// that consume a topic. May be nil: a case is weaker without it.
 	Rebalancing func(t *testing.T, consumer, topic string)
 }
 
@@ -140,8 +141,8 @@ func within(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// makeMessages returns n messages with the keys in turn. The body is the key and a number that rises
-// by one within the key; the id is unique in the topic.
+// makeMessages returns n messages with the keys in turn. The body is the key and a number that
+// rises by one within the key; the id is unique in the topic.
 func makeMessages(topic string, n int, keys ...string) []message.Message {
 	all := make([]message.Message, n)
 	for i := range all {
@@ -179,7 +180,7 @@ func (h *Harness) read(t *testing.T, topic string) (all []consumer.Delivery) {
 func delivered(d *consumer.Delivery) *message.Message { return &d.Message }
 func published(m *message.Message) *message.Message   { return m }
 func soon(t *testing.T) (context.Context, func())     { return context.WithTimeout(t.Context(), patience) }
-func firsts(all []consumer.Delivery) []consumer.Delivery { // without the copies of what came before
+func firsts(all []consumer.Delivery) []consumer.Delivery { // without later copies
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(all), func(d consumer.Delivery) bool {
 		copied := seen[d.ID]

@@ -32,7 +32,7 @@ func newLedger() *ledger {
 	return &ledger{next: map[position]int64{}, incarnation: map[position][16]byte{}, changed: make(chan struct{})}
 }
 
-// change runs f with the ledger locked, and wakes those who wait.
+// change runs f with the ledger locked, and wakes all calls of waitFor.
 func (l *ledger) change(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -41,7 +41,7 @@ func (l *ledger) change(f func()) {
 	l.changed = make(chan struct{})
 }
 
-// waitFor blocks until is is true, which is called with the ledger locked.
+// waitFor blocks until is returns true. It calls is with the ledger locked.
 func (l *ledger) waitFor(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	late := time.After(patience)
@@ -96,14 +96,15 @@ type begun struct {
 	deliveries []consumer.Delivery
 }
 
-// process is a consumer's process: a receiver on a ledger, whose source runs.
+// process is a process of a consumer: a receiver on a ledger, and a source that runs.
 type process struct {
 	*ledger
 	t        *testing.T
 	network  *Network
 	batchMax int
 
-	// each, if set, runs in each call, and returns what the call returns if it is not to be settled.
+	// each, if set, runs in each call. If it returns refuse, the call settles nothing, and returns the
+	// pause.
 	each func(b *begun) (refuse bool, pause time.Duration)
 	// assigned, if set, is called in each Assigned.
 	assigned func(p consumer.Partition) error

@@ -189,7 +189,7 @@ func endedContext(t *testing.T, h *Harness) {
 	}
 }
 
-// shortly is how long a broker that is away is waited for.
+// shortly is the time for which Publish may wait for a broker that is away.
 const shortly = 300 * time.Millisecond
 
 // publishShortly publishes messages to a broker that can't confirm them.

@@ -17,8 +17,8 @@ import (
 var sourceCases = []aCase{
 	{"consume/messages arrive as they were", "key, id, headers and body are as they were published; partition, offset and time are set", sourceNeeds(), receivedAsTheyWere},
 	{"consume/order per key", "messages with one topic and key are delivered in their order, each once while nothing fails", sourceNeeds(), receivedInOrder},
-	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source (27)", sourceNeeds(), beginsAtTheOffset},
-	{"consume/several consumers", "each consumer gets every message, whatever another one has settled (17)", sourceNeeds(), severalConsumers},
+	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source", sourceNeeds(), beginsAtTheOffset},
+	{"consume/several consumers", "each consumer gets every message, whatever another one has settled", sourceNeeds(), severalConsumers},
 	{"consume/not settled", "messages that are not settled are delivered again after the pause, and none behind them meanwhile", sourceNeeds(), notSettled},
 	{"consume/pause of one partition", "a partition that is paused for long holds no other up, and goes on by itself", sourceNeeds(), onePaused},
 	{"consume/position unknown", "if Assigned fails, it is asked again, and nothing is delivered meanwhile", sourceNeeds(), positionUnknown},
@@ -26,15 +26,15 @@ var sourceCases = []aCase{
 	{"consume/outage", "an outage of the broker is no error, and what was not settled comes again", sourceNeeds(hasSourceNetwork), sourceOutage},
 	{"consume/restart", "a restart of the broker is no error", sourceNeeds(func(_ Features, h *Harness) bool { return h.Restart != nil }), sourceRestart},
 	{"consume/members come and go", "each partition is with one member at a time; each message is settled once, in its order", sourceNeeds(hasGroups), membersComeAndGo},
-	{"consume/handed over", "a partition that is taken away waits for the call under way, begins no other with what is buffered, and goes to another member (15)", sourceNeeds(hasGroups), handedOver},
+	{"consume/handed over", "a partition that is taken away waits for the call under way, begins no other with what is buffered, and goes to another member", sourceNeeds(hasGroups), handedOver},
 	{"consume/call too long", "a call in a partition that is taken away ends with its context before another member has the partition", sourceNeeds(hasGroups, func(_ Features, h *Harness) bool { return h.Rebalance > 0 }), callTooLong},
-	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once (26)", sourceNeeds(hasGroups), slowCall},
-	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered (14, 15, 16)", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
-	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number (24)", sourceNeeds(canTrim), trimmed},
-	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed (24)", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
+	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once", sourceNeeds(hasGroups), slowCall},
+	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
+	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number", sourceNeeds(canTrim), trimmed},
+	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
 	{"consume/trimmed before the first message", "a partition without a position begins with the oldest message that is left", sourceNeeds(canTrim), trimmedBefore},
-	{"consume/recreated while away", "a topic that was deleted and recreated has another incarnation, and ends the source if the receiver says so (24)", sourceNeeds(canRecreate), recreatedAway},
-	{"consume/recreated meanwhile", "a topic that is recreated while it is consumed ends the source too; nothing of it is settled (24)", sourceNeeds(canRecreate), recreatedMeanwhile},
+	{"consume/recreated while away", "a topic that was deleted and recreated has another incarnation, and ends the source if the receiver says so", sourceNeeds(canRecreate), recreatedAway},
+	{"consume/recreated meanwhile", "a topic that is recreated while it is consumed ends the source too; nothing of it is settled", sourceNeeds(canRecreate), recreatedMeanwhile},
 }
 
 func hasGroups(f Features, h *Harness) bool { return !f.NoGroups && h.Session > 0 }
@@ -61,7 +61,7 @@ func sourceNeeds(has ...func(Features, *Harness) bool) func(Features, *Harness) 
 
 const nameOfConsumer = "ledger"
 
-// publishNumbered publishes n messages of 12 keys, more of them with each call, and returns the keys.
+// publishNumbered publishes n messages of 12 keys, and returns the keys.
 func publishNumbered(t *testing.T, h *Harness, topic string, n int) (keys []string) {
 	t.Helper()
 	for i := range 12 {
@@ -152,7 +152,8 @@ func beginsAtTheOffset(t *testing.T, h *Harness) {
 	l := newLedger()
 	l.run(t, h, nameOfConsumer, topic, nil).stopAfter(func() { l.waitHandled(t, n) })
 
-	// The database is restored to an earlier time: half of what was settled in each partition is gone.
+	// The database is restored to an earlier time: in each partition half of the settled messages is
+	// lost.
 	restored := newLedger()
 	want := map[string]bool{}
 	for number, all := range h.Read(t, topic) {
@@ -490,8 +491,8 @@ func (o *owners) watch(t *testing.T, p *process) {
 }
 
 // handedOver: while the first member has a call under way in each partition, a second one joins.
-// One of the partitions is taken away: the first member begins no other call there, whatever it has
-// buffered.
+// One of the partitions is taken away: the first member begins no other call there, even if it has
+// messages buffered.
 func handedOver(t *testing.T, h *Harness) {
 	const n = 600
 	topic := h.Topic(t)
@@ -540,7 +541,7 @@ func callTooLong(t *testing.T, h *Harness) {
 	topic := h.Topic(t)
 	keys := publishNumbered(t, h, topic, n)
 	l := newLedger()
-	g := newGate() // which is opened by no one: only the end of a context ends a call
+	g := newGate() // closed until a call was ended by its context
 	ended := make(chan struct{}, 10)
 	l.run(t, h, nameOfConsumer, topic, func(p *process) {
 		p.each = func(b *begun) (bool, time.Duration) {
@@ -595,9 +596,9 @@ func zombie(t *testing.T, h *Harness) {
 	paused := time.Now()
 	heir := l.run(t, h, nameOfConsumer, topic, func(p *process) { o.watch(t, p) })
 	l.waitHandled(t, n)                        // the heir has them all
-	time.Sleep(h.Session - time.Since(paused)) // it may have them before, if it never heard of the other one
+	time.Sleep(h.Session - time.Since(paused)) // the heir may have them before, if it never knew the other one
 	z.network.Mend()
-	// The zombie notices, and ends its calls.
+	// The member that was paused notices, and ends its calls.
 	for _, b := range calls {
 		select {
 		case <-b.ctx.Done():
@@ -739,7 +740,7 @@ func recreatedAway(t *testing.T, h *Harness) {
 	if got := len(l.all()); got != n {
 		t.Errorf("%d messages are settled, %d were in the former topic", got, n)
 	}
-	// An operator forgets the former topic: the consumer begins anew.
+	// An operator deletes the positions of the former topic: the consumer begins again.
 	again := newLedger()
 	again.run(t, h, nameOfConsumer, topic, nil)
 	again.waitHandled(t, 2*n)

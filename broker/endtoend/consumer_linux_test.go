@@ -22,13 +22,14 @@ const (
 
 	batchMax     = 20
 	batchTimeout = 2 * time.Second
-	// idleTimeout is how long a process that is stopped in a transaction holds its partition.
+	// idleTimeout is the time for which a process that is stopped in a transaction holds its
+	// partition.
 	idleTimeout = 2500 * time.Millisecond
 	// handlerMax makes batches long enough for faults to hit.
 	handlerMax = 4 * time.Millisecond
 )
 
-// event is what a consumer process prints, a line each.
+// event is a line that a consumer process prints.
 type event struct {
 	Kind      kind  `json:"kind"`
 	Partition int32 `json:"partition"`
@@ -126,7 +127,8 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// teller returns a function that prints events at once, so that they are there after kill -9.
+// teller returns a function that prints events at once, so that they arrive even if kill -9
+// follows.
 func teller() func(event) {
 	var mu sync.Mutex
 	return func(e event) {
@@ -140,7 +142,7 @@ func teller() func(event) {
 	}
 }
 
-// watchedSource tells which partitions its receiver gets.
+// watchedSource prints which partitions its receiver gets.
 type watchedSource struct {
 	consumer.Source
 	tell func(event)

@@ -18,8 +18,8 @@ import (
 
 const (
 	crashMax = 60 * time.Second // until PostgreSQL is back
-	// noticeMax is how long PostgreSQL may take to notice that a backend died. One that is about to exit
-	// does not die of its SIGKILL.
+	// noticeMax is the time that PostgreSQL may take to notice that a backend died. A backend that is
+	// about to exit does not die of its SIGKILL.
 	noticeMax = 10 * time.Second
 )
 
@@ -77,8 +77,8 @@ func (d *database) url(name string) string {
 	return d.proxy.URL(d.server.URL()) + "&application_name=" + name
 }
 
-// crashPostmaster is an immediate shutdown and a start on the same data: as good as a crash of the
-// machine, but for what the disk had not written.
+// crashPostmaster is an immediate shutdown and a start on the same data. It is like a crash of the
+// machine, except that the disk loses nothing that was not written yet.
 func (d *database) crashPostmaster(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -18,7 +18,7 @@ type plan struct {
 	Rounds   int // in each a process is paused, and two are killed
 }
 
-// books is what SQL found in the end.
+// books are the counts by SQL in the end.
 type books struct {
 	Effects    int `json:"effects"`
 	Missing    int `json:"missing"`      // messages without an effect
@@ -28,8 +28,8 @@ type books struct {
 	Parked     int `json:"parked"`       // messages that wait, or are dead
 }
 
-// read counts the effects of the plan's messages. It knows them by the plan, not by what was
-// published.
+// read counts the effects of the plan's messages. It knows the messages from the plan, and not from
+// the outbox or the broker.
 func (b *books) read(ctx context.Context, pool *pgxpool.Pool, plan *plan) error {
 	err := pool.QueryRow(ctx, `
 		WITH expected AS (
@@ -51,7 +51,7 @@ func (b *books) read(ctx context.Context, pool *pgxpool.Pool, plan *plan) error 
 	return nil
 }
 
-// broken returns what is wrong.
+// broken returns the faults as sentences; none if all is well.
 func (b *books) broken(plan *plan) (wrong []string) {
 	for _, c := range []struct {
 		n    int
@@ -70,7 +70,7 @@ func (b *books) broken(plan *plan) (wrong []string) {
 	return wrong
 }
 
-// A judge that finds nothing proves nothing: here it finds each wrong that is planted.
+// A judge that can find no error proves nothing: here it finds each error that the test plants.
 func TestJudgeFindsEachWrong(t *testing.T) {
 	t.Parallel()
 	plan := &plan{Messages: 20, Twins: 5, Keys: 3}

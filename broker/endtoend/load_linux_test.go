@@ -23,7 +23,7 @@ const (
 	copyDelay = time.Second
 )
 
-// load publishes the messages of requests, in steps that the proof allows: so each fault meets
+// load makes the requests that publish, in steps that the proof allows: so each fault meets
 // messages.
 type load struct {
 	plan      *plan
@@ -63,7 +63,7 @@ func (l *load) run(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// request is what a client does for one payment. It retries until it knows that it was executed.
+// request makes one payment as a client does: it retries until it knows that it was executed.
 func (l *load) request(ctx context.Context, number int) error {
 	key := idempotency.Key{Scope: "clients", Value: "request-" + strconv.Itoa(number)}
 	request := idempotency.Request{Key: key, Fingerprint: idempotency.NewFingerprintV1("POST", "/moves", "", "", []byte(key.Value))}

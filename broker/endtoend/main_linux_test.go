@@ -38,7 +38,7 @@ const (
 // readyLine is what a broker prints once it answers.
 const readyLine = "ready"
 
-// child is what a process of the proof has to do.
+// child is the task of a process of the proof.
 type child struct {
 	Role string
 
@@ -85,7 +85,7 @@ type process struct {
 	trouble []string // its last lines on stderr
 }
 
-// startChild starts a child. hear gets each line that it prints.
+// startChild starts a child, and calls hear with each line that it prints.
 func startChild(c child, hear func(line string)) (*process, error) {
 	text, err := json.Marshal(c)
 	if err != nil {
@@ -163,7 +163,7 @@ func (p *process) isStopped() bool {
 	return strings.HasPrefix(rest, "T")
 }
 
-// lines passes what is written to it on, line by line.
+// lines is a writer that passes its input on, line by line.
 type lines struct {
 	each func(string)
 	rest []byte

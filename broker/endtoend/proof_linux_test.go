@@ -31,8 +31,8 @@ const (
 	proofMax     = 30 * time.Minute
 	conditionMax = 3 * time.Minute // for a condition that comes within seconds
 	pollInterval = 10 * time.Millisecond
-	// batchWaitMax is how long a fault waits for a batch to hit. Without one it hits a process that has
-	// partitions and nothing to do.
+	// batchWaitMax bounds the wait of a fault for a batch that it can hit. Without one it hits a
+	// process that has partitions and nothing to do.
 	batchWaitMax = 2 * time.Second
 )
 
@@ -45,7 +45,7 @@ func planned(full bool) plan {
 	return plan{Messages: 2_100, Twins: 105, Keys: 97, Rounds: 7}
 }
 
-// What a proof must have met. One with fewer faults proves nothing, and fails.
+// The minimum of faults in a proof. One with fewer proves nothing, and fails.
 const (
 	processFaultsMin   = 20 // pauses and kills
 	brokerCrashesMin   = 2
@@ -62,7 +62,7 @@ type faultsMade struct {
 	DatabaseCrashes     int `json:"database_crashes"`
 }
 
-// enough returns what is missing.
+// enough returns the faults that are missing.
 func (f *faultsMade) enough(plan *plan, twins int, messages int64) (wrong []string) {
 	for _, c := range []struct {
 		n, least int
@@ -148,7 +148,7 @@ type proof struct {
 	fail     context.CancelCauseFunc
 
 	mu     sync.Mutex
-	owners map[int32]*life // who was last given each partition
+	owners map[int32]*life // the process that was last given each partition
 	guards guards
 }
 
@@ -176,7 +176,7 @@ func (l *life) expectEnd() {
 	l.expected = true
 }
 
-// TestEveryMessageHasItsEffectOnce is the proof. Modes 6, 10, 11, 13 to 17 and 19 meet in it.
+// TestEveryMessageHasItsEffectOnce is the proof.
 func TestEveryMessageHasItsEffectOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and pauses three processes seven times, which takes half a minute")
@@ -292,9 +292,9 @@ func (p *proof) run(ctx context.Context) error {
 	return p.finish(ctx)
 }
 
-// round pauses one process past its session, kills both others, and lets those that come in their
-// place do its work before it goes on. In some rounds broker or database crash too. Each fault waits
-// for its share of the round's messages to be under way.
+// round pauses one process past its session, and kills both others. Those that come in their place
+// do its work before it goes on. In some rounds the broker or the database crashes too. Each fault
+// waits until its share of the round's messages is under way.
 func (p *proof) round(ctx context.Context, round int) error {
 	const shares = 4
 	allow := func(share int) {
@@ -356,7 +356,8 @@ func (p *proof) round(ctx context.Context, round int) error {
 	return paused.signal(syscall.SIGCONT)
 }
 
-// awaitBatch waits until the process has written an effect that is not committed, if it does soon.
+// awaitBatch waits until the process has written an effect that is not committed, at most
+// batchWaitMax.
 func (l *life) awaitBatch(ctx context.Context) {
 	select { // an older one
 	case <-l.writes:
@@ -369,7 +370,7 @@ func (l *life) awaitBatch(ctx context.Context) {
 	}
 }
 
-// kill is kill -9 of a process that has partitions. Another one comes in its place.
+// kill kills a process that has partitions with signal 9. Another one comes in its place.
 func (p *proof) kill(ctx context.Context, m *member) error {
 	l := m.life
 	if err := p.await(ctx, fmt.Sprintf("process %d has a partition", m.number), func() bool { return len(p.partitionsOf(l)) > 0 }); err != nil {
@@ -397,7 +398,7 @@ func (p *proof) crashBroker(ctx context.Context) error {
 	return nil
 }
 
-// finish waits until everything that the broker has is handled, stops the processes and judges.
+// finish waits until all messages of the broker are handled, stops the processes and judges.
 func (p *proof) finish(ctx context.Context) error {
 	if err := p.await(ctx, "each process has a partition", p.allWork); err != nil {
 		return err
@@ -422,7 +423,7 @@ func (p *proof) finish(ctx context.Context) error {
 		}
 		return true
 	})
-	if waiting != nil { // what is missing says more
+	if waiting != nil { // the judge's words say more
 		p.report.Broken = append(p.report.Broken, waiting.Error())
 	}
 	p.endMembers()
@@ -471,7 +472,7 @@ func (m *member) start() error {
 	return nil
 }
 
-// hear takes an event of a process.
+// hear handles an event that a process printed.
 func (p *proof) hear(l *life, line string) {
 	var e event
 	if err := json.Unmarshal([]byte(line), &e); err != nil {
@@ -568,7 +569,7 @@ func (p *proof) await(ctx context.Context, what string, is func() bool) error {
 	return nil
 }
 
-// state returns what the processes have, and their last words.
+// state describes the partitions of the processes, and their last lines.
 func (p *proof) state() string {
 	var all strings.Builder
 	for _, m := range p.members {
@@ -579,7 +580,7 @@ func (p *proof) state() string {
 	return all.String()
 }
 
-// log prints how far the proof is.
+// log prints the progress of the proof.
 func (p *proof) log(what string) {
 	n, _ := p.database.count(p.t.Context(), "SELECT count(*) FROM effects")
 	f := &p.report.faultsMade

@@ -74,8 +74,8 @@ func startBroker(t *testing.T) *broker {
 	return &broker{brokers: []string{server.Address()}, apache: server}
 }
 
-// startFake starts kfake, for a test that needs a fault of its own or a look inside. If the tests run
-// on Apache Kafka, this one is skipped.
+// startFake starts kfake, for a test that needs a fault of its own or a look inside. If the tests
+// run on Apache Kafka, this one is skipped.
 func startFake(t *testing.T) *broker {
 	t.Helper()
 	if os.Getenv(kafkaserver.JarsVariable) != "" {
@@ -166,7 +166,7 @@ func (b *broker) assigned(t *testing.T, group string) (partitions []int) {
 	return partitions
 }
 
-// Says which broker the other tests run on, and that it is the one that is wanted.
+// It logs the broker on which the other tests run, and checks that it is the wanted one.
 func TestBrokerIsApacheKafka(t *testing.T) {
 	t.Parallel()
 	if os.Getenv(kafkaserver.JarsVariable) == "" {
@@ -392,7 +392,7 @@ func TestConformance(t *testing.T) {
 				h.Rebalancing = func(t *testing.T, consumer, topic string) {
 					eventually(t, "a partition is taken away", func() bool {
 						shares := b.assigned(t, groupOf(consumer, topic))
-						// The other one may get it in a later rebalance. During one, nobody has any.
+						// The other member may get it in a later rebalance. During one, no member has any.
 						return len(shares) == 2 && max(shares[0], shares[1]) < brokertest.Partitions && shares[0]+shares[1] > 0
 					})
 				}

@@ -42,7 +42,7 @@ type Transfer struct {
 
 const addEntries = "INSERT INTO entries (account, amount) VALUES ($1, -$3::bigint), ($2, $3)"
 
-// twice publishes each message twice, as a relay does that dies before it deletes what it published.
+// twice publishes each message twice, as a relay does if it dies before it deletes the messages.
 type twice struct{ relay.Publisher }
 
 func (p twice) Publish(ctx context.Context, messages []message.Message) []error {
@@ -50,9 +50,9 @@ func (p twice) Publish(ctx context.Context, messages []message.Message) []error 
 	return p.Publisher.Publish(ctx, messages)
 }
 
-// A handler publishes a message in its transaction, a relay takes it to Kafka, and a consumer writes
-// to its own table. The client sends its request twice, and the relay publishes the message twice:
-// there is one effect.
+// A handler publishes a message in its transaction, a relay takes it to Kafka, and a consumer
+// writes to its own table. The client sends its request twice, and the relay publishes the message
+// twice: there is one effect.
 func Example() {
 	ctx, stop := context.WithCancel(context.Background())
 	// A Kafka broker in this process, and a PostgreSQL of its own. A service has both elsewhere.

@@ -135,7 +135,7 @@ func drain(t *testing.T, s *testservice.Service, p relay.Publisher) {
 	running.Wait()
 }
 
-// Mode 6: the relay dies between Kafka's confirmation and the deletion from the outbox. Both copies
+// The relay dies between Kafka's confirmation and the deletion from the outbox. Both copies
 // have one id, and the second has no effect.
 func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 	t.Parallel()
@@ -159,7 +159,7 @@ func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 	b.checkEffects(t, 1)
 }
 
-// Mode 8: a payment is published, and its database is lost: the promoted replica does not have it.
+// A payment is published, and its database is lost: the promoted replica does not have it.
 // The client's retry pays and publishes again. The id is the same, so consumers see it once.
 func TestPaymentThatIsPublishedAndLost(t *testing.T) {
 	t.Parallel()
@@ -204,8 +204,8 @@ func setCommits(t *testing.T, f *broker, group string, offsets kadm.Offsets) {
 	})
 }
 
-// Mode 13: an offset was committed at the broker before the messages had an effect. Mode 16: a late
-// commit of a former member moved it back. The position in PostgreSQL decides.
+// An offset was committed at the broker before the messages had an effect, or a late commit of a
+// former member moved it back. The position in PostgreSQL decides.
 func TestOffsetsAtTheBrokerDecideNothing(t *testing.T) {
 	t.Parallel()
 	const n = 200
@@ -236,7 +236,7 @@ func TestOffsetsAtTheBrokerDecideNothing(t *testing.T) {
 	}
 }
 
-// Modes 14, 15 and 16: members are paused past their session in the middle of a batch, and killed,
+// Members are paused past their session in the middle of a batch, and killed,
 // and the broker restarts, while copies of messages are published. Each message has one effect.
 func TestMembersThatPauseAndDie(t *testing.T) {
 	t.Parallel()
@@ -268,7 +268,7 @@ func TestMembersThatPauseAndDie(t *testing.T) {
 				done := b.Count(t, "SELECT count(*) FROM effects")
 				at := i % members
 				switch i % 3 {
-				case 0: // a pause past the session; the others have its partitions, or all there is
+				case 0: // a pause past the session
 					networks[at].Stop()
 					eventually(t, "the member is out of its group", func() bool { return len(f.assigned(t, "books")) < members })
 					networks[at].Mend()
@@ -290,7 +290,7 @@ func TestMembersThatPauseAndDie(t *testing.T) {
 	}
 }
 
-// Mode 27: the database is restored to an earlier time, and the offsets at the broker are ahead of
+// The database is restored to an earlier time, and the offsets at the broker are ahead of
 // it.
 func TestRestoredBaseBackup(t *testing.T) {
 	t.Parallel()

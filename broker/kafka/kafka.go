@@ -17,24 +17,25 @@
 // A message becomes a record of its topic. The key chooses the partition as Kafka's own clients do,
 // the header message-id has the id, and each value of Message.Header is a header. The producer is
 // idempotent and waits for all replicas in sync (acks=all). To lose no confirmed message when a
-// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2. The publisher
-// creates no topics: a message for a topic that does not exist is refused (relay.ErrRefused).
+// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2. The
+// publisher creates no topics: a message for a topic that does not exist is refused
+// (relay.ErrRefused).
 //
-// The order of a key is that of its partition. If partitions are added to a topic, keys move to other
-// partitions, and later messages of a key may overtake those that are not consumed yet.
+// The order of a key is that of its partition. If partitions are added to a topic, keys move to
+// other partitions, and later messages of a key may overtake those that are not consumed yet.
 //
 // # Consuming
 //
 // The members of a group share the partitions of its topics, and PostgreSQL has the offset at which
 // each partition goes on. For operators this means:
 //
-//   - After a restore of PostgreSQL, messages are read again from the restored offset on. The broker
-//     must keep messages for longer than the age of the oldest backup that may be restored.
+//   - After a restore of PostgreSQL, messages are read again from the restored offset on. The
+//     broker must keep messages for longer than the age of the oldest backup that may be restored.
 //   - Resetting the group's offsets at the broker (kafka-consumer-groups --reset-offsets) changes
 //     nothing. Set next_offset in message_offsets, while the consumer is stopped.
 //   - If the broker has deleted messages that were not read, or a topic was deleted and recreated,
 //     the source stops with an error instead of going on at another offset.
-//   - More partitions for a topic move keys to other partitions, where a message may be handled before
+//   - New partitions of a topic move keys to other partitions, so a message may be handled before
 //     older ones of its key. Stop the relays, let the consumers reach the end of the topic, add the
 //     partitions, and start the relays.
 //   - Compaction deletes messages that were not read, and no consumer can notice. Topics need
@@ -42,21 +43,22 @@
 //   - The group's offsets at the broker are for tools that show the lag. They follow the settled
 //     messages by up to 5 seconds.
 //   - While a consumer can't handle a partition, at most 4 MiB or 10,000 messages of it are in
-//     memory, and one fetch more, of 1 MiB before it is decompressed.
+//     memory, and one more fetch of 1 MiB, measured before it is decompressed.
 //
 // Messages of other producers are consumed too. Their id is the header message-id, or ce_id
-// (CloudEvents), or id (Debezium's outbox). Without any of them the id is made of the topic, its id,
-// the partition and the offset. Such an id recognizes a record that is delivered twice, but not a
-// message that its producer sent as two records. Headers that HTTP does not allow (a name that is not
-// a token, control characters in a value, more than 64 KiB in all) are left out.
+// (CloudEvents), or id (Debezium's outbox). Without any of them the id is made of the topic, its
+// id, the partition and the offset. Such an id recognizes a record that is delivered twice, but not
+// a message that its producer sent as two records. Headers that HTTP does not allow (a name that is
+// not a token, control characters in a value, more than 64 KiB in all) are left out.
 //
 // Transactions of other producers are respected: only committed messages are delivered.
 //
 // # Versions
 //
-// The tests run on Apache Kafka 4.4.0, with classic groups and with KIP-848, and on kfake, the broker
-// of franz-go's own tests. Tests that need a certain error of the broker run on kfake alone. No other
-// version is tested; CONTRIBUTING.md says how to run the suite of brokers on a cluster of yours.
+// The tests run on Apache Kafka 4.4.0, with classic groups and with KIP-848, and on kfake, the
+// broker of franz-go's own tests. Tests that need a certain error of the broker run only on kfake.
+// No other version is tested; CONTRIBUTING.md says how to run the suite of brokers on a cluster of
+// yours.
 package kafka
 
 import (
@@ -72,7 +74,7 @@ import (
 
 // Options tune a [Client]. Nil and the zero value are the defaults.
 type Options struct {
-	// Kgo has more options of franz-go for each of its clients: kgo.DialTLSConfig, kgo.SASL,
+	// Kgo has further options of franz-go for each of its clients: kgo.DialTLSConfig, kgo.SASL,
 	// kgo.WithLogger, hooks. An option that this package sets itself, such as acks, has no effect
 	// here.
 	Kgo []kgo.Opt
@@ -80,8 +82,8 @@ type Options struct {
 	// InstanceID makes each source a static member of its group (KIP-345): if the process comes back
 	// within SessionTimeout, it gets its partitions without a rebalance. Each process of the consumer
 	// needs an id of its own, such as the name of a StatefulSet's pod. Without one, a member that ends
-	// leaves the group. If ServerAssigned is set, the id of a process that was killed is free when its
-	// session has ended: until then Run returns UNRELEASED_INSTANCE_ID.
+	// leaves the group. If ServerAssigned is set, and a process was killed, its id is free only when
+	// its session has ended: until then Run returns UNRELEASED_INSTANCE_ID.
 	InstanceID string
 
 	// ServerAssigned lets the broker assign the partitions (KIP-848, Kafka 4.0). An older broker makes
@@ -97,7 +99,7 @@ type Options struct {
 	// above Options.BatchTimeout of the consumer. Defaults to 60 seconds.
 	RebalanceTimeout time.Duration
 
-	// Logger gets the log of sources: troubles that end nothing. Defaults to slog.Default().
+	// Logger gets the log of sources: errors that do not end them. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 
@@ -108,9 +110,9 @@ type Client struct {
 	options    Options
 }
 
-// Connect returns a client of a cluster. The brokers are host:port of some of its brokers, which name
-// the others. Connect opens no connection, so a broker that is away is no error. It fails if an option
-// is invalid, or if brokers is empty.
+// Connect returns a client of a cluster. The brokers are host:port of some of its brokers, which
+// name the others. Connect opens no connection, so a broker that is away is no error. It fails if
+// an option is invalid, or if brokers is empty, and panics if a timeout is negative.
 func Connect(brokers []string, opts *Options) (*Client, error) {
 	if len(brokers) == 0 {
 		return nil, errors.New("connect to kafka: no broker is given: pass host:port of at least one")
@@ -156,8 +158,8 @@ func (c *Client) heartbeat() time.Duration {
 	return min(3*time.Second, c.options.SessionTimeout/10)
 }
 
-// revokeMax is how long a call of the receiver may go on in a partition that is taken away. The
-// member hears of that up to a heartbeat late.
+// revokeMax is the time for which a call of the receiver may go on in a partition that is taken
+// away. The member learns of that up to a heartbeat late.
 func (c *Client) revokeMax() time.Duration {
 	return max(c.options.RebalanceTimeout-2*c.heartbeat(), c.options.RebalanceTimeout/2)
 }

@@ -19,16 +19,16 @@ import (
 // IDHeader is the header of a record that has the message's id.
 const IDHeader = "message-id"
 
-// RecordBytesMax is the maximum size of a message as a record: key, body, headers, and at most 10
-// bytes for each header and 100 for all. With the batch around it, brokers take that by default. A
-// larger message is refused. If a topic's max.message.bytes is lower, that counts.
+// RecordBytesMax is the maximum size of a message as a record: key, body and headers, 10 bytes more
+// for each header, and 100 bytes more for the record. With the batch around it, brokers take that
+// by default. A larger message is refused. If a topic's max.message.bytes is lower, that counts.
 const RecordBytesMax = 1_000_000
 
 const (
 	producersMax = 4 // kept while no Publish needs them
 	metadataMin  = 250 * time.Millisecond
-	// unknownTopicTries is how often the metadata must say that there is no such topic. A topic that
-	// was just created is not known to each broker at once.
+	// unknownTopicTries is the number of times that the metadata must say that there is no such topic.
+	// A topic that was just created is not known to each broker at once.
 	unknownTopicTries = 4
 )
 
@@ -65,9 +65,9 @@ func (p *Publisher) Close() {
 // or if the topic does not exist. It is not refused for a missing right.
 //
 // The producer tries until ctx ends, and an outage of the broker is no error until then. After that
-// its connections are closed, so that it sends nothing more. The broker may still keep what was sent
-// last. So messages that are published again may arrive twice, but with the same ids and not before
-// those in front of them: a consumer that drops copies gets each key in its order.
+// its connections are closed, so that it sends nothing more. The broker may still keep what was
+// sent last. So messages that are published again may arrive twice, but with the same ids, and not
+// before the messages in front of them: a consumer that drops copies gets each key in its order.
 func (p *Publisher) Publish(ctx context.Context, messages []message.Message) []error {
 	b := batch{messages: messages, results: make([]error, len(messages)), failed: map[string]int{}}
 	one, err := p.take(ctx)
@@ -86,11 +86,11 @@ func (p *Publisher) Publish(ctx context.Context, messages []message.Message) []e
 }
 
 // producer is a client of the library that one Publish at a time uses. It sends nothing outside of
-// flush, because of kgo.ManualFlushing: so no message is under way while others of its key are still
-// being added.
+// flush, because of kgo.ManualFlushing: so no message is under way while others of its key are
+// still being added.
 type producer struct {
 	kgo   *kgo.Client
-	known map[string]bool // the topics of which a message was confirmed
+	known map[string]bool // the topics that the library knows: a message of each was confirmed or refused
 }
 
 func (p *Publisher) take(ctx context.Context) (*producer, error) {
@@ -129,7 +129,7 @@ func (p *Publisher) give(one *producer) {
 type batch struct {
 	messages []message.Message
 	results  []error
-	failed   map[string]int // by topic and key: the first message that failed
+	failed   map[string]int // by topic and key: the index of the first message that failed
 }
 
 // publish publishes all messages. The first one of a topic that was not used yet goes alone: it
@@ -155,16 +155,16 @@ func (b *batch) publish(ctx context.Context, one *producer) {
 	b.send(ctx, one, heads)
 	b.send(ctx, one, slices.DeleteFunc(rest, func(i int) bool {
 		topic := b.messages[i].Topic
-		if !one.known[topic] { // what failed the first one fails all
+		if !one.known[topic] { // the error of the first one is that of all
 			b.fail(i, b.results[first[topic]])
 		}
 		return !one.known[topic]
 	}))
 }
 
-// send publishes the messages with these indexes. If the broker refuses one, it refuses all that
-// are in one produce request with it, and the library fails those behind: then each half is tried
-// again, down to the message itself. What the broker refused it has not kept.
+// send publishes the messages with these indexes. If the broker refuses one, it refuses all
+// messages in its produce request, and the library fails those behind. Then each half is tried
+// again, down to the message itself. The broker keeps no message that it refuses.
 func (b *batch) send(ctx context.Context, one *producer, indexes []int) {
 	indexes = slices.DeleteFunc(indexes, func(i int) bool {
 		if b.behind(i) {
@@ -235,7 +235,7 @@ func (p *producer) flush(ctx context.Context, messages []message.Message, indexe
 	var waiting sync.WaitGroup
 	for at, i := range indexes {
 		waiting.Add(1)
-		// The context of a record would end it only if it was not sent yet. Publish closes the client.
+		// The context of a record would end it only if it was not sent yet. So Publish closes the client.
 		p.kgo.Produce(context.WithoutCancel(ctx), record(&messages[i]), func(_ *kgo.Record, err error) {
 			results[at] = err
 			waiting.Done()

@@ -100,7 +100,8 @@ func TestMessagesAreNotRefusedForTheSizeOfTheirBatch(t *testing.T) {
 	keysInOrder(t, f.brokers, topic2, sent, results)
 }
 
-// The limit of a record, from both sides: what passes it passes the library and the broker too.
+// The limit of a record, from both sides: a record within it is taken by the library and the broker
+// too.
 func TestRecordBytesMax(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)
@@ -131,8 +132,8 @@ func TestRecordBytesMax(t *testing.T) {
 	}
 }
 
-// The producer is idempotent: if the broker has kept a message and its answer says that it may not
-// have, the library sends it again, and the broker keeps one.
+// The producer is idempotent: if the broker has kept a message, and its answer does not confirm
+// that, the library sends it again, and the broker keeps one.
 func TestRepeatedRequestIsKeptOnce(t *testing.T) {
 	t.Parallel()
 	for _, answer := range []*kerr.Error{kerr.NotEnoughReplicasAfterAppend, kerr.RequestTimedOut} {
@@ -151,8 +152,8 @@ func TestRepeatedRequestIsKeptOnce(t *testing.T) {
 	}
 }
 
-// Missing rights are an operator's to grant: no message is parked for them. Nor for what the broker
-// can't do at the moment.
+// Missing rights are an operator's to grant: no message is refused because of them, or because of
+// an error of the broker that passes.
 func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	t.Parallel()
 	f := startFake(t)
@@ -271,7 +272,7 @@ func TestPublishToARecreatedTopic(t *testing.T) {
 	keysInOrder(t, f.brokers, topic, sent, results)
 }
 
-// After Close nothing is published; what is being published ends.
+// After Close nothing is published, and a Publish under way ends.
 func TestPublisherClose(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)

@@ -20,7 +20,7 @@ import (
 
 const (
 	// leaveMax bounds each of the last requests of a member, which tell the broker its offsets and
-	// that it goes. Without them others get its partitions a session later.
+	// that it leaves. Without them others get its partitions a session later.
 	leaveMax = 3 * time.Second
 	askMax   = 10 * time.Second // one question about topics or offsets
 	// topicsInterval is the time between two looks for topics that were recreated.
@@ -40,9 +40,9 @@ type Source struct {
 
 var _ consumer.Source = (*Source)(nil)
 
-// Source returns a source of topics, whose partitions the members of the group share. Each consumer
-// has a group of its own. The group's offsets at the broker are for tools that show the lag: they
-// follow the settled messages, and are never read.
+// Source returns a source of topics. The members of the group share the partitions of the topics.
+// Each consumer has a group of its own. The group's offsets at the broker are for tools that show
+// the lag: they follow the settled messages, and a partition never begins at them.
 func (c *Client) Source(group string, topics ...string) *Source {
 	if group == "" || len(topics) == 0 || slices.Contains(topics, "") {
 		panic("idempotency/broker/kafka: Source needs a group and at least one topic")
@@ -104,7 +104,7 @@ type member struct {
 	left    bool
 	ids     map[string]kadm.TopicID // as they were when first seen
 	workers map[place]*worker
-	told    string // the last trouble in the log
+	told    string // the last error in the log
 }
 
 type place struct {
@@ -112,15 +112,16 @@ type place struct {
 	number int32
 }
 
-// join is a member of the group until ctx ends or the member can't go on, and returns the reason.
+// join makes a member of the group, which lives until ctx ends or it can't go on. It returns the
+// reason.
 func (s *Source) join(ctx context.Context, receiver consumer.Receiver) error {
 	m := &member{source: s, log: s.client.logger(), receiver: receiver, look: make(chan string, 1), ids: map[string]kadm.TopicID{}, workers: map[place]*worker{}}
 	m.ctx, m.end = context.WithCancelCause(ctx)
 	defer m.end(nil)
-	m.mu.Lock() // the library may call before it returns the client
+	m.mu.Lock() // the library may call our functions before it returns the client
 	client, err := s.client.kgo(append(s.client.member(),
 		kgo.ConsumerGroup(s.group), kgo.ConsumeTopics(s.topics...), kgo.FetchIsolationLevel(kgo.ReadCommitted()), kgo.FetchMaxWait(fetchWait),
-		// PostgreSQL decides where a partition goes on, and nothing skips a message.
+		// PostgreSQL has the offset at which a partition goes on, and nothing skips a message.
 		kgo.AdjustFetchOffsetsFn(m.assign), kgo.ConsumeResetOffset(kgo.NoResetOffset()),
 		// Only offsets that are settled are committed, for tools.
 		kgo.AutoCommitMarks(),
@@ -167,9 +168,10 @@ func (m *member) leave() {
 	m.kgo.AllowRebalance() // Close has polled, and a goroutine of the library's would wait for ever
 }
 
-// releaseInstance tells a broker that assigns the partitions that the next member may have this one's
-// InstanceID. The library's own request to leave does not have the id, so Kafka 4.4 refuses it, and
-// would refuse the next member until this one's session has ended. (franz-go 1.22.3; kfake takes it.)
+// releaseInstance tells a broker that assigns the partitions (Options.ServerAssigned) to give this
+// member's InstanceID to the next one. The library's own request to leave does not have the id, so
+// Kafka 4.4 refuses it, and would refuse the next member until this one's session has ended. (So it
+// is with franz-go 1.22.3; kfake takes the request.)
 func (m *member) releaseInstance(ctx context.Context, memberID string) {
 	o := &m.source.client.options
 	if o.InstanceID == "" || !o.ServerAssigned || memberID == "" {
@@ -190,7 +192,7 @@ func (m *member) commit() {
 	}
 }
 
-// assign replaces the group's offsets by the receiver's, and starts the partitions' workers.
+// assign replaces the group's offsets by those of the receiver, and starts the partitions' workers.
 func (m *member) assign(ctx context.Context, offsets map[string]map[int32]kgo.Offset) (map[string]map[int32]kgo.Offset, error) {
 	for topic, numbers := range offsets {
 		id, err := m.topicID(ctx, topic)
@@ -230,8 +232,8 @@ func (m *member) begin(ctx context.Context, partition consumer.Partition) (int64
 	}
 }
 
-// start starts the worker of a partition. One that was started before got nothing: its offset was
-// being asked for when the group's membership changed.
+// start starts the worker of a partition. If there is one already, it got no message: the group
+// changed while the library asked for its offset.
 func (m *member) start(partition consumer.Partition, at int64) error {
 	w := newWorker(m, partition, at)
 	m.mu.Lock()
@@ -267,7 +269,8 @@ func (m *member) of(partitions map[string][]int32) []*worker {
 	return all
 }
 
-// stop ends workers: none begins another call, and those under way have this long.
+// stop ends workers: none begins another call. The contexts of the calls under way end after this
+// time.
 func (m *member) stop(workers []*worker, most time.Duration) {
 	for _, w := range workers {
 		w.halt()
@@ -342,8 +345,8 @@ func (m *member) failed(topic string, w *worker, err error) {
 	}
 }
 
-// isFinal reports whether the broker will say the same again. If an instance is fenced, a try would
-// fence the other one.
+// isFinal reports whether a new member would get the same error. If an instance was fenced, a new
+// member would fence the other one.
 func isFinal(err error) bool {
 	for _, final := range []error{kerr.FencedInstanceID, kerr.UnreleasedInstanceID, kerr.InvalidSessionTimeout, kerr.InvalidGroupID, kerr.InconsistentGroupProtocol} {
 		if errors.Is(err, final) {
@@ -415,8 +418,8 @@ func (m *member) topics(ctx context.Context, topics ...string) (kadm.TopicDetail
 	return found.Topics, nil
 }
 
-// watchTopics ends the member if a topic was recreated. The library goes on with the former id,
-// which no broker knows.
+// watchTopics ends the member if a topic was recreated: the library would go on with the former id,
+// which no broker knows any more.
 func (m *member) watchTopics() {
 	for {
 		unknown := ""
@@ -442,7 +445,7 @@ func (m *member) watchTopics() {
 	}
 }
 
-// trouble logs an error that ends nothing, unless it was the last one too.
+// trouble logs an error that does not end the member, unless the last one was the same.
 func (m *member) trouble(what string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -22,7 +22,7 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// receiver takes what it gets, unless it refuses.
+// receiver settles the messages that it gets, unless it refuses.
 type receiver struct {
 	mu     sync.Mutex
 	begin  func(p consumer.Partition) int64 // nil: with the oldest
@@ -90,9 +90,8 @@ func source(t *testing.T, f *broker, group, topic string, with func(o *kafka.Opt
 	return connect(t, f.brokers, new(brokertest.Network), with).Source(group, topic)
 }
 
-// Messages of other producers: their ids are those of CloudEvents and of Debezium's outbox, or their
-// places in the log. Headers that HTTP would not allow are left out. (Mode 12: published past the
-// outbox.)
+// Messages of other producers: their ids are those of CloudEvents and of Debezium's outbox, or
+// their places in the log. Headers that HTTP would not allow are left out.
 func TestForeignMessages(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)
@@ -227,8 +226,8 @@ func TestBufferOfAPartitionIsBounded(t *testing.T) {
 	})
 }
 
-// A broker that has lost what was consumed, by an unclean election, would give later messages the
-// offsets of lost ones, and they would be dropped as redelivered. So the source ends.
+// A broker that has lost consumed messages, by an unclean election, would give their offsets to
+// later messages, which would be dropped as redelivered. So the source ends.
 func TestLogEndsBeforeTheConsumer(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)
@@ -267,8 +266,8 @@ func commits(t *testing.T, f *broker, group, topic string) map[int32]int64 {
 	return all
 }
 
-// Mode 13: the offsets at the broker are those of settled messages, and are told when a member
-// leaves: a tool that shows the lag is right, and is never ahead.
+// The offsets at the broker are those of settled messages, and a member commits them when it
+// leaves: a tool that shows the lag is right then, and never shows too little.
 func TestOnlySettledOffsetsAreCommitted(t *testing.T) {
 	t.Parallel()
 	const n, settled = 40, 20
@@ -300,7 +299,8 @@ func TestOnlySettledOffsetsAreCommitted(t *testing.T) {
 	}
 }
 
-// epochOf returns the number of the group's rebalances. Apache Kafka tells no client: 0.
+// epochOf returns the number of the group's rebalances; 0 on Apache Kafka, which tells it to no
+// client.
 func epochOf(f *broker, group string) int {
 	if f.apache != nil {
 		return 0
@@ -419,8 +419,8 @@ func (p polling) OnFetchRecordUnbuffered(r *kgo.Record, handedOver bool) {
 	}
 }
 
-// places is a receiver whose positions are shared, as in a database. It fails the test if a message
-// is skipped.
+// places is a receiver with positions that several receivers share, as in a database. It fails the
+// test if a message is skipped.
 type places struct {
 	receiver
 	t        *testing.T
@@ -445,9 +445,9 @@ func (p *places) Receive(ctx context.Context, partition consumer.Partition, d []
 	return settled, pause
 }
 
-// Mode 15: messages are polled, and before they are with their worker another member gets the
-// partition and gives it back. They belong to the former assignment: if they came into the new one,
-// those in front of them would be skipped.
+// Messages are polled, and before they are with their worker another member gets the partition and
+// gives it back. They belong to the former assignment: if they came into the new one, those in
+// front of them would be skipped.
 func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)
@@ -525,8 +525,8 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	})
 }
 
-// A partition that the broker does not deliver is asked for about once a second, and goes on by
-// itself.
+// If the broker does not deliver a partition, the source asks for it about once a second, and goes
+// on by itself.
 func TestRefusedFetchesArePaced(t *testing.T) {
 	t.Parallel()
 	f := startFake(t)

@@ -15,9 +15,9 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// A partition of which this much is buffered is fetched on once half of it is settled: it may be
-// left out of one fetch, which takes fetchWait. One fetch more may be on its way: 1 MiB, or one
-// larger batch of the producer, as it is compressed.
+// The maximum of buffered messages of a partition. A partition with that many is not fetched until
+// less than half of the maximum is buffered. One more fetch may be on its way: 1 MiB, or one larger
+// batch of the producer, measured as it is compressed.
 const (
 	bufferedBytesMax = 4 << 20
 	bufferedMax      = 10_000 // messages
@@ -41,7 +41,7 @@ type worker struct {
 	bytes    int
 	resting  bool  // after an error
 	paused   bool  // not fetched, because it rests or enough is buffered
-	failure  error // what ends the member once all that was fetched is settled
+	failure  error // ends the member once all fetched messages are settled
 }
 
 func newWorker(m *member, partition consumer.Partition, next int64) *worker {
@@ -100,7 +100,7 @@ func (w *worker) run() {
 	}
 }
 
-// batch returns the first messages, and the failure that came behind all of them.
+// batch returns the first messages, and the failure that came after the last one.
 func (w *worker) batch() ([]consumer.Delivery, error) {
 	most := max(w.member.receiver.BatchMax(), 1)
 	w.mu.Lock()
@@ -124,7 +124,7 @@ func (w *worker) add(records []*kgo.Record) {
 	w.wake()
 }
 
-// holds reports whether a part of what may be buffered is.
+// holds reports whether at least this part (a half: 2) of the maximum is buffered.
 func (w *worker) holds(part int) bool {
 	return w.bytes >= bufferedBytesMax/part || len(w.buffered) >= bufferedMax/part
 }
@@ -180,7 +180,7 @@ func (w *worker) regulate() {
 	}
 }
 
-// rest leaves the partition out of fetches for a while: the library would ask again at once.
+// rest leaves the partition out of fetches for errorPause: the library would ask again at once.
 func (w *worker) rest() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -199,7 +199,8 @@ func (w *worker) rest() {
 	})
 }
 
-// release drops what is buffered, and leaves no pause behind: another worker may get the partition.
+// release drops the buffered messages and resumes the fetching: another worker may get the
+// partition.
 func (w *worker) release() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -245,7 +246,7 @@ func delivery(r *kgo.Record, incarnation [16]byte) consumer.Delivery {
 	if d.Header = header; !valid(header) {
 		d.Header = map[string][]string{}
 		for _, name := range slices.Sorted(maps.Keys(header)) {
-			if d.Header[name] = header[name]; !valid(d.Header) { // by itself, or too much in all
+			if d.Header[name] = header[name]; !valid(d.Header) { // the header itself, or too much in all
 				delete(d.Header, name)
 			}
 		}

@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A handler publishes a message in its transaction, the relay takes it to NATS, and a consumer writes
-// to its own table, once for each message.
+// A handler publishes a message in its transaction, the relay takes it to NATS, and a consumer
+// writes to its own table, once for each message.
 func Example() {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()

@@ -122,7 +122,7 @@ func (b *books) waitEffects(t *testing.T, n int) {
 	}
 }
 
-// collect returns what project's before passes messages on to.
+// collect returns a function for project's before, which keeps the messages.
 func collect(got chan<- consumer.Delivery) func(context.Context, *consumer.Delivery) error {
 	return func(_ context.Context, d *consumer.Delivery) error {
 		got <- *d
@@ -194,7 +194,7 @@ func (b *broker) newTopic(t *testing.T, opts nats.TopicOptions) string {
 	return topic
 }
 
-// Mode 6: the relay dies between the confirmation and the deletion from the outbox. The stream drops
+// The relay dies between the confirmation and the deletion from the outbox. The stream drops
 // the copy, which is no failure.
 func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 	t.Parallel()
@@ -216,7 +216,7 @@ func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 	b.waitEffects(t, 1)
 }
 
-// Modes 8 and 10: a payment is published, and its database is lost: the promoted replica does not
+// A payment is published, and its database is lost: the promoted replica does not
 // have it. The client's retry pays and publishes again, after the stream's window, so the stream
 // keeps both. The id is the same, so the consumer drops the copy.
 func TestPaymentThatIsPublishedAndLost(t *testing.T) {
@@ -236,7 +236,7 @@ func TestPaymentThatIsPublishedAndLost(t *testing.T) {
 	b.waitEffects(t, 1)
 }
 
-// Modes 13, 22 and 26: the server has nothing that it could decide by. Its consumers acknowledge
+// The server has nothing by which it could decide. Its consumers acknowledge
 // nothing, so there is no offset that is committed too early, no AckWait that a slow handler
 // outlives, and no MaxDeliver after which the server goes silent.
 func TestTheServerDecidesNothing(t *testing.T) {
@@ -281,9 +281,8 @@ func TestTheServerDecidesNothing(t *testing.T) {
 	b.waitEffects(t, all)
 }
 
-// Modes 21, 22 and 26: a message fails more often than any MaxDeliver that is usual, and another one
-// takes longer than the session. The first is dead in the end, in PostgreSQL, and blocks nothing; the
-// second runs once.
+// A message fails more often than any usual MaxDeliver, and another one takes longer than the
+// session. The first is dead in the end, in PostgreSQL, and blocks nothing; the second runs once.
 func TestPoisonAndASlowHandler(t *testing.T) {
 	t.Parallel()
 	const all, attempts = 60, 7
@@ -315,8 +314,8 @@ func TestPoisonAndASlowHandler(t *testing.T) {
 	}
 }
 
-// Mode 24: a limit or a purge has deleted messages unread. The consumer stops, and says how many;
-// what an operator sets goes on.
+// A limit or a purge has deleted messages unread. The consumer stops with an error that has their
+// number. It goes on at the offset that an operator sets.
 func TestTrimmedTopicStopsTheConsumer(t *testing.T) {
 	t.Parallel()
 	n, b := startBroker(t), newBooks(t)
@@ -337,7 +336,7 @@ func TestTrimmedTopicStopsTheConsumer(t *testing.T) {
 	r = b.project(t, source(), consumer.Options{}, nil)
 	b.waitEffects(t, 40)
 
-	// While it runs, too: what it holds is handled first.
+	// The same while the consumer runs: it handles the messages that it holds first.
 	purge := func(t *testing.T) {
 		if err := n.streams(t, topic)[0].Purge(t.Context()); err != nil {
 			t.Fatal(err)
@@ -365,7 +364,7 @@ func TestTrimmedTopicStopsTheConsumer(t *testing.T) {
 	}
 }
 
-// Mode 24: a topic that was recreated has other offsets. And a server that has lost messages would
+// A topic that was recreated has other offsets. And a server that has lost messages would
 // give their offsets to others.
 func TestTopicThatIsAnotherStopsTheConsumer(t *testing.T) {
 	t.Parallel()
@@ -414,7 +413,7 @@ func TestDeletedMessageIsSkipped(t *testing.T) {
 	b.waitEffects(t, 37)
 }
 
-// Mode 14, and all of them together: three members come, go, and are paused past their session;
+// All faults together: three members come, go, and are paused past their session;
 // messages are published twice; the server restarts. Each message has one effect, in the order of
 // its key.
 func TestEachMessageHasOneEffect(t *testing.T) {
@@ -475,7 +474,7 @@ func TestEachMessageHasOneEffect(t *testing.T) {
 	t.Logf("%d copies, %d dropped by the server, %d duplicates, %d redelivered", copies, p.Duplicates(), b.sum(duplicates), b.sum(func(e *consumer.BatchEnd) int { return e.Redelivered }))
 }
 
-// Mode 27: the database is restored to an earlier time. The server keeps no offset that could be
+// The database is restored to an earlier time. The server keeps no offset that could be
 // ahead of it.
 func TestRestoredBaseBackup(t *testing.T) {
 	t.Parallel()

@@ -19,14 +19,14 @@ import (
 
 // The members of a group tell each other that they live, and which partitions they have: each
 // publishes a beat on the group's subject, several times within SessionTimeout. Nothing is stored.
-// Members that know of each other agree on who should have each partition; the one that has it
-// already hands it over first.
+// Members that know of each other agree which of them should have each partition. If another one
+// has it, that one hands it over first.
 //
-// A member that does not get its own beats back gives up its partitions, just before SessionTimeout
-// is over and the others take them. If two have a partition all the same, both give it up, and one
-// of them begins again. None of this has to be right: the database decides whose work counts.
+// A member that does not get its own beats back gives up its partitions a fifth of SessionTimeout
+// before the others take them. If two have a partition all the same, both give it up, and one of
+// them begins again. None of this has to be right: the database decides which commit counts.
 
-// beatsPerSession is how often a member beats within SessionTimeout.
+// beatsPerSession is the number of beats that a member sends within SessionTimeout.
 const beatsPerSession = 5
 
 // beat is a member's message to the others.
@@ -60,10 +60,10 @@ type member struct {
 	workers    map[int]*worker
 	peers      map[string]*peer
 	number     uint64               // of the last beat
-	sent       map[uint64]time.Time // beats that did not come back yet
-	heardOf    time.Time            // the last beat that came back was sent then
-	joined     time.Time            // the first beat since the member was alone came back then
-	told       string               // the last trouble in the log
+	sent       map[uint64]time.Time // times of the beats that did not come back yet
+	heardOf    time.Time            // time at which the last beat that came back was sent
+	joined     time.Time            // time at which the first beat came back since the start, or since alone
+	told       string               // the last error in the log
 }
 
 // peer is another member.
@@ -83,7 +83,7 @@ func newMember(ctx context.Context, end context.CancelCauseFunc, s *Source, one 
 func (m *member) session() time.Duration  { return m.source.client.options.SessionTimeout }
 func (m *member) interval() time.Duration { return m.session() / beatsPerSession }
 
-// run is a member until the context ends.
+// run makes the member live until the context ends.
 func (m *member) run() {
 	for try := 0; ; try++ {
 		ctx, cancel := context.WithTimeout(m.ctx, askMax)
@@ -119,7 +119,8 @@ func (m *member) run() {
 	_ = subscription.Unsubscribe() // the connection is closed next
 }
 
-// stopAll ends all workers: none begins another call, and those under way have this long.
+// stopAll ends all workers: none begins another call. The contexts of the calls under way end after
+// this time.
 func (m *member) stopAll(most time.Duration) {
 	m.mu.Lock()
 	all := slices.Collect(maps.Values(m.workers))
@@ -147,7 +148,7 @@ func (m *member) hear(in *nats.Msg) {
 			return
 		}
 		maps.DeleteFunc(m.sent, func(number uint64, _ time.Time) bool { return number <= b.Number })
-		if !m.fresh() { // until now: others may have its partitions, even if run has not looked meanwhile
+		if !m.fresh() { // others may have its partitions, even if run has not looked meanwhile
 			m.alone()
 		}
 		m.heardOf = sent
@@ -159,7 +160,7 @@ func (m *member) hear(in *nats.Msg) {
 	default:
 		m.peers[b.ID] = &peer{time.Now(), b.Has}
 		for _, number := range b.Has {
-			if w := m.workers[number]; w != nil { // one of both was not heard when the other one started
+			if w := m.workers[number]; w != nil { // one of the two did not know of the other when it started
 				w.stop(0)
 			}
 		}
@@ -177,8 +178,8 @@ func wake(c chan struct{}) {
 	}
 }
 
-// livesFor is how long after a beat that came back a member counts itself as living. The others do
-// so longer: it must have given up its partitions by then.
+// livesFor is the time for which a member counts as living to itself, after it sent a beat that
+// came back. To the others it counts as living for longer: by then it has given up its partitions.
 func (m *member) livesFor() time.Duration { return m.session() - m.interval() }
 
 func (m *member) fresh() bool { return time.Since(m.heardOf) < m.livesFor() }
@@ -189,7 +190,7 @@ func (m *member) mayCall() bool {
 	return m.fresh()
 }
 
-// beats sends beats. It has a goroutine of its own, because a connection that hangs blocks it.
+// beats sends beats. It has a goroutine of its own, because it blocks while the connection hangs.
 func (m *member) beats() {
 	for m.ctx.Err() == nil {
 		m.send(false)
@@ -218,19 +219,19 @@ func (m *member) send(left bool) {
 	}
 }
 
-// leave tells the others that this member is gone. Without that they notice a session later.
+// leave tells the others that this member is gone. Otherwise they notice it a session later.
 func (m *member) leave(beating *sync.WaitGroup) {
 	const most = 2 * time.Second
 	late := time.AfterFunc(most, m.conn.dialer.close) // a connection that hangs
 	defer late.Stop()
-	beating.Wait() // no beat comes behind the last one
+	beating.Wait() // so that no beat follows the one that says so
 	if m.conn.nats.IsConnected() {
 		m.send(true)
 		_ = m.conn.nats.FlushTimeout(most)
 	}
 }
 
-// alone gives up all partitions at once: the others have them by now, or will.
+// alone gives up all partitions at once: the others have them by now, or will have them.
 func (m *member) alone() {
 	if m.joined.IsZero() {
 		return
@@ -242,7 +243,7 @@ func (m *member) alone() {
 	}
 }
 
-// balance starts and stops workers, as the members that are known share the partitions.
+// balance starts and stops workers, so that the known members share the partitions.
 func (m *member) balance() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -262,7 +263,7 @@ func (m *member) balance() {
 			taken[number] = true
 		}
 	}
-	if m.joined.IsZero() || time.Since(m.joined) < m.interval() { // others are still heard
+	if m.joined.IsZero() || time.Since(m.joined) < m.interval() { // beats of others may still come
 		return
 	}
 	for number, owner := range ownersOf(m.topic, m.partitions, ids) {
@@ -337,7 +338,7 @@ func (m *member) open(ctx context.Context, number int) (consumer.Partition, uint
 	}
 }
 
-// trouble logs an error that ends nothing, unless it was the last one too.
+// trouble logs an error that does not end the source, unless the last one was the same.
 func (m *member) trouble(what string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

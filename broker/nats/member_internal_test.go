@@ -53,7 +53,7 @@ func TestSubjectsOfGroupsDiffer(t *testing.T) {
 	}
 }
 
-// passing is a receiver that passes on what it gets, and settles the first message of a call.
+// passing is a receiver that passes its messages on, and settles the first one of a call.
 type passing struct {
 	least int // messages of a call; with less it settles nothing
 	calls chan []consumer.Delivery
@@ -150,8 +150,8 @@ func startWorker(t *testing.T, p *passing) (w *worker, ended <-chan struct{}, pu
 	}
 }
 
-// Mode 14: a process is paused past its session, and goes on. Its worker may be the first to run: it
-// begins no call before the member has found out whether it still has the partition.
+// A process is paused past its session, and goes on. Its worker may be the first to run: it begins
+// no call before the member has found out whether it still has the partition.
 func TestWorkerOfAPausedMemberBeginsNoCall(t *testing.T) {
 	t.Parallel()
 	p := newPassing(1)
@@ -182,8 +182,8 @@ func TestWorkerOfAPausedMemberBeginsNoCall(t *testing.T) {
 	p.goOn <- struct{}{}
 }
 
-// Mode 15: a worker whose partition is taken away ends the call under way, and begins no other one
-// with what it holds.
+// When its partition is taken away, a worker ends the call under way, and begins no other one with
+// the messages that it holds.
 func TestWorkerThatIsStoppedBeginsNoOtherCall(t *testing.T) {
 	t.Parallel()
 	p := newPassing(2)
@@ -205,7 +205,7 @@ func TestWorkerThatIsStoppedBeginsNoOtherCall(t *testing.T) {
 	}
 }
 
-// Mode 14: a member that was paused gives up its partitions with the first of its beats that comes
+// A member that was paused gives up its partitions with the first of its beats that comes
 // back, even if each of them came soon after the one before, and nobody looked meanwhile.
 func TestMemberWhoseBeatsComeBackLateIsAlone(t *testing.T) {
 	t.Parallel()
@@ -222,8 +222,8 @@ func TestMemberWhoseBeatsComeBackLateIsAlone(t *testing.T) {
 	}
 }
 
-// Mode 14: of two members that have one partition both give it up, even if the other one has done so
-// before this one looks.
+// If two members have one partition, both give it up, even if the other one has done so before this
+// one looks.
 func TestPartitionThatTwoMembersHaveIsGivenUp(t *testing.T) {
 	t.Parallel()
 	client := &Client{options: Options{SessionTimeout: time.Minute}}

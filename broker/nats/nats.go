@@ -8,11 +8,11 @@
 //
 // # Topics
 //
-// A topic is a number of partitions, and each of them is a stream of its own: partition 3 of the
-// topic bank.events is the stream bank+events+3, with the subject bank.events.3. So a partition's
-// sequence has no gaps of its own, and if a limit of the stream deletes messages unread, their exact
-// number is known. The number of partitions is fixed when a topic is made, and noted in the streams'
-// metadata.
+// A topic has a number of partitions, and each of them is a stream of its own: partition 3 of the
+// topic bank.events is the stream bank+events+3, with the subject bank.events.3. So the sequence of
+// a partition has no gaps by itself, and if a limit of the stream deletes messages unread, their
+// exact number is known. The number of partitions is fixed when a topic is made, and noted in the
+// streams' metadata.
 //
 // A server that crashes may lose messages that it has confirmed, unless the stream has replicas or
 // the server is configured with sync_interval: always.
@@ -23,32 +23,33 @@
 // it has no key. Its id is the header Nats-Msg-Id, its key the header Message-Key, percent-encoded.
 // The stream drops a copy that comes within its duplicate window (2 minutes by default), and
 // confirms it as a duplicate. A later copy is kept: a consumer that records ids drops it. Keep the
-// window above relay.Options.PublishTimeout, so that it also catches a message that a broken
+// window above relay.Options.PublishTimeout, so that the stream also drops a copy that a broken
 // connection delivers late.
 //
 // # Consuming
 //
 //	consumer.New("statements", store.Inbox(), client.Source("statements", "bank-events"), handle, nil)
 //
-// The offset of a message is its sequence in the stream, and the database decides where a partition
-// goes on. Nothing is acknowledged: a source reads with ephemeral consumers of the server, which have
-// neither AckWait nor MaxDeliver. So the server never gives a message up, sends none again because
-// its handler is slow, and no ack can come too late. After a restart of the server the source makes
-// new consumers. A gap in the sequence shows that messages were lost on the way, and they are read
-// again.
+// The offset of a message is its sequence in the stream, and the database has the offset at which a
+// partition goes on. Nothing is acknowledged: a source reads with ephemeral consumers of the
+// server, which have neither AckWait nor MaxDeliver. So the server never gives a message up, sends
+// none again because its handler is slow, and no ack can come too late. After a restart of the
+// server the source makes new consumers. If there is a gap in the sequence, the source looks in the
+// stream: messages that were lost on the way are read again.
 //
 // NATS has no groups that share partitions. Instead each member of a group publishes on the subject
 // idempotency.members.GROUP.TOPIC that it lives, and which partitions it has. So the members share
-// the partitions without a lock, and nothing is stored. This costs:
+// the partitions without a lock, and nothing is stored. The costs are:
 //
-//   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the right to
-//     publish and subscribe to that subject,
+//   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the
+//     right to publish and subscribe to that subject,
 //   - a pause at the start: a member listens for a fifth of SessionTimeout before it begins,
-//   - for a short time two members may have one partition, if one of them was paused or cut off. The
+//   - if a member was paused or cut off, two members may have one partition for a short time. The
 //     database refuses the later commit, and both begin again.
 //
 // Besides, a source needs the rights for $JS.API.STREAM.INFO, $JS.API.STREAM.MSG.GET and
-// $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and $JS.API.STREAM.INFO.
+// $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and
+// $JS.API.STREAM.INFO.
 package nats
 
 import (
@@ -84,9 +85,9 @@ const partitionsKey = "idempotency.partitions"
 
 // Options tune a [Client]. Nil and the zero value are the defaults.
 type Options struct {
-	// Nats has more options of nats.go for each of its connections: nats.UserCredentials,
-	// nats.Secure, nats.ReconnectWait. Those for reconnecting without end and without a buffer have no
-	// effect here: this package sets them itself.
+	// Nats has further options of nats.go for each of its connections: nats.UserCredentials,
+	// nats.Secure, nats.ReconnectWait. Options that this package sets itself have no effect here: it
+	// reconnects without end and without a buffer.
 	Nats []nats.Option
 
 	// SessionTimeout is the time after which the other members of a group take the partitions of a
@@ -99,21 +100,21 @@ type Options struct {
 	// the consumer. Defaults to 60 seconds.
 	RebalanceTimeout time.Duration
 
-	// Logger gets the log: missing rights, and troubles of sources that end nothing. Defaults to
+	// Logger gets the log: missing rights, and errors of sources that do not end them. Defaults to
 	// slog.Default().
 	Logger *slog.Logger
 }
 
-// Client is a NATS cluster. It is safe for concurrent use, and has nothing to close: a [Publisher] is
-// closed by its own Close.
+// Client is a NATS cluster. It is safe for concurrent use, and has nothing to close: a [Publisher]
+// is closed by its own Close.
 type Client struct {
 	options Options
 	nats    nats.Options
 }
 
 // Connect returns a client of a cluster. Servers are the URLs of some of its servers, separated by
-// commas. Connect opens no connection, so a server that is away is no error. It fails if an option or
-// a URL is invalid.
+// commas. Connect opens no connection, so a server that is away is no error. It fails if an option
+// or a URL is invalid, and panics if a timeout is negative.
 func Connect(servers string, opts *Options) (*Client, error) {
 	c := new(Client)
 	if opts != nil {
@@ -128,7 +129,7 @@ func Connect(servers string, opts *Options) (*Client, error) {
 	c.nats.Name = "idempotency"
 	c.nats.FlusherTimeout = writeMax
 	c.nats.AsyncErrorCB = func(_ *nats.Conn, _ *nats.Subscription, err error) {
-		if errors.Is(err, nats.ErrPermissionViolation) { // the call itself only runs into its timeout
+		if errors.Is(err, nats.ErrPermissionViolation) { // the call itself only gets a timeout
 			c.logger().Warn("idempotency: NATS denies a right", "error", err)
 		}
 	}
@@ -149,7 +150,7 @@ func Connect(servers string, opts *Options) (*Client, error) {
 		c.nats.Servers = append(c.nats.Servers, server)
 	}
 	c.nats.AllowReconnect, c.nats.MaxReconnect, c.nats.RetryOnFailedConnect = true, -1, true
-	// Otherwise what was published during an outage would be sent after the call had failed.
+	// Otherwise messages of an outage would be sent after their Publish had failed.
 	c.nats.ReconnectBufSize = -1
 	c.nats.NoEcho = false              // a member needs its own beats
 	c.nats.IgnoreAuthErrorAbort = true // rights may come back
@@ -165,8 +166,8 @@ type conn struct {
 	dialer *dialer
 }
 
-// conn returns a connection, which may not be there yet. The library knows no context: what it
-// connects after ctx has ended is closed.
+// conn returns a connection, which may not be connected yet. The library takes no context: if it
+// returns after ctx has ended, the connection is closed.
 func (c *Client) conn(ctx context.Context) (*conn, error) {
 	options := c.nats
 	one := &conn{dialer: &dialer{dial: options.CustomDialer}}
@@ -196,7 +197,7 @@ func (c *Client) conn(ctx context.Context) (*conn, error) {
 	}
 }
 
-// close closes the connection, and sends nothing that is still in its buffers.
+// close closes the connection without sending what is still in its buffers.
 func (c *conn) close() {
 	c.dialer.close()
 	c.nats.Close()
@@ -248,8 +249,8 @@ type TopicOptions struct {
 	Stream jetstream.StreamConfig
 }
 
-// CreateTopic makes a topic. If it is there already, CreateTopic changes nothing, and fails if the
-// topic has another number of partitions. So each process may call it when it starts.
+// CreateTopic makes a topic. If it is there already, CreateTopic changes nothing, so each process may
+// call it when it starts. It fails if the topic has another number of partitions.
 func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptions) error {
 	var o TopicOptions
 	if opts != nil {
@@ -272,9 +273,18 @@ func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptio
 	if err := one.ready(ctx); err != nil {
 		return fmt.Errorf("create a topic: %w", err)
 	}
-	// The first partition comes last: it stands for the whole topic.
+	// The first partition is made last: if its stream is there, the topic is, and has its number.
+	stream, err := one.js.Stream(ctx, streamName(topic, 0))
+	if err == nil {
+		err = o.fits(stream)
+	} else if errors.Is(err, jetstream.ErrStreamNotFound) {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("create a topic: %w", err)
+	}
 	for number := o.Partitions - 1; number >= 0; number-- {
-		if err := one.createStream(ctx, topic, number, o); err != nil {
+		if err := one.createStream(ctx, topic, number, &o); err != nil {
 			return fmt.Errorf("create a topic: partition %d: %w", number, err)
 		}
 	}
@@ -282,7 +292,7 @@ func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptio
 }
 
 // createStream makes the stream of a partition, unless it is there.
-func (c *conn) createStream(ctx context.Context, topic string, number int, o TopicOptions) error {
+func (c *conn) createStream(ctx context.Context, topic string, number int, o *TopicOptions) error {
 	config := o.Stream
 	config.Name, config.Subjects, config.Retention = streamName(topic, number), []string{subjectOf(topic, number)}, jetstream.LimitsPolicy
 	config.Metadata = maps.Clone(config.Metadata)
@@ -298,6 +308,11 @@ func (c *conn) createStream(ctx context.Context, topic string, number int, o Top
 	if err != nil {
 		return err
 	}
+	return o.fits(stream)
+}
+
+// fits returns an error if the topic of this stream has another number of partitions.
+func (o *TopicOptions) fits(stream jetstream.Stream) error {
 	has, err := partitionsOf(stream.CachedInfo())
 	if err == nil && has != o.Partitions {
 		err = fmt.Errorf("the topic has %d partitions, not %d: the number is fixed, so ask for %d, or publish to a new topic", has, o.Partitions, has)
@@ -317,12 +332,12 @@ func (c *conn) ready(ctx context.Context) error {
 	return nil
 }
 
-// writeMax is how long a write may hang before the connection counts as broken.
+// writeMax is the time for which a write may hang before the connection counts as broken.
 const writeMax = 5 * time.Second
 
 const connectInterval = 20 * time.Millisecond
 
-// errForeign: a stream has the name of a partition, and is none.
+// errForeign: a stream has the name of a partition, but is none.
 var errForeign = errors.New("the stream was not made by CreateTopic")
 
 // partitionsOf returns the number of partitions of the topic that a stream belongs to.
@@ -362,9 +377,9 @@ func checkTopic(topic string) error {
 	return nil
 }
 
-// partitionOf returns the partition of a message among n. It never changes: another function would
-// move keys to other partitions, where they lose their order. Copies of a message are in one
-// partition.
+// partitionOf returns the partition of a message among n. It must never change: another function
+// would move keys to other partitions, and their messages would lose their order. Copies of a
+// message are in one partition.
 func partitionOf(m *message.Message, n int) int {
 	by := m.Key
 	if by == nil {

@@ -28,7 +28,7 @@ const reservedPrefix = "Nats-"
 const (
 	connsMax = 4   // kept while no Publish needs them
 	atOnce   = 100 // messages of one Publish under way
-	// tryMax is how long one confirmation is waited for, before the message is sent again.
+	// tryMax bounds the wait for one confirmation. After it the message is sent again.
 	tryMax   = 2 * time.Second
 	retryMax = 500 * time.Millisecond // the longest pause between two tries
 )
@@ -50,8 +50,8 @@ var _ relay.Publisher = (*Publisher)(nil)
 // Publisher returns a publisher for a relay.
 func (c *Client) Publisher() *Publisher { return &Publisher{client: c} }
 
-// Duplicates returns the number of messages that the server confirmed as copies of what it had: a
-// relay published them again, after it had died between a confirmation and the deletion of the
+// Duplicates returns the number of messages that the server confirmed as copies of messages that it
+// has. A relay published them again: it had died between a confirmation and the deletion of the
 // message, say.
 func (p *Publisher) Duplicates() int64 { return p.duplicates.Load() }
 
@@ -71,12 +71,12 @@ func (p *Publisher) Close() {
 //
 // A message is refused for good if it breaks a limit, if it has a header that the server would obey
 // (Nats-...) or the header Message-Key, if it is larger than the server's max_payload or the
-// stream's limit, if its headers have more than 64 KiB on the wire, or if the topic does not exist. A stream that is full and missing rights are not
-// for good.
+// stream's limit, if its headers have more than 64 KiB on the wire, or if the topic does not exist.
+// It is not refused if the stream is full or a right is missing.
 //
-// A message is sent again until it is confirmed or ctx ends, so an outage of the server is no error
-// until then. After that the connection is closed, and nothing more is sent. The server may still
-// keep what was sent last.
+// A message is sent again until it is confirmed, the server answers with an error, or ctx ends. So
+// an outage of the server is no error until then. After the end of ctx the connection is closed,
+// and nothing more is sent. The server may still keep what was sent last.
 func (p *Publisher) Publish(ctx context.Context, messages []message.Message) []error {
 	results := make([]error, len(messages))
 	one, err := p.take(ctx)
@@ -111,7 +111,8 @@ func (p *Publisher) Publish(ctx context.Context, messages []message.Message) []e
 	return results
 }
 
-// byOrder returns the indexes of the messages, those whose order counts together.
+// byOrder returns the indexes of the messages. Those of one topic and key are together, in their
+// order.
 func byOrder(messages []message.Message) [][]int {
 	var all [][]int
 	at := map[string]int{} // topic and key
@@ -222,8 +223,8 @@ func (p *publishing) try(ctx context.Context, m *message.Message) error {
 	case errors.As(err, &api) && api.ErrorCode == errHeaderTooLarge:
 		return fmt.Errorf("%w: its headers, with its id and its key, have more than the 64 KiB that the server takes", relay.ErrRefused)
 	default:
-		// The topic may be gone, or recreated: the next try finds out. That nobody answers on a subject
-		// proves nothing: the stream may have no leader at the moment.
+		// The topic may be gone, or recreated: the next try finds out. If nobody answers on a subject,
+		// that proves nothing: the stream may have no leader at the moment.
 		p.mu.Lock()
 		delete(p.partitions, m.Topic)
 		p.mu.Unlock()

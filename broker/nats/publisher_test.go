@@ -32,7 +32,8 @@ func (b *broker) count(t *testing.T, topic string) (n int) {
 	return n
 }
 
-// The function from key to partition is frozen: a key whose partition changes loses its order.
+// The function from key to partition is frozen: if a key's partition changed, it would lose its
+// order.
 func TestPartitionsOfKeysNeverChange(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -64,7 +65,7 @@ func TestPartitionsOfKeysNeverChange(t *testing.T) {
 	}
 }
 
-// Modes 6 and 8: a relay that died between the confirmation and the deletion publishes a message
+// A relay that died between the confirmation and the deletion publishes a message
 // again, under the id that it had. The server drops the copy, and confirms it: it must not count as
 // failed.
 func TestCopiesWithinTheWindowAreConfirmedAndCounted(t *testing.T) {
@@ -87,7 +88,7 @@ func TestCopiesWithinTheWindowAreConfirmedAndCounted(t *testing.T) {
 	}
 }
 
-// Mode 10: after the window the stream keeps a copy too. Its id is the same, so a consumer drops it:
+// After the window the stream keeps a copy too. Its id is the same, so a consumer drops it:
 // see TestEachMessageHasOneEffect.
 func TestCopiesBehindTheWindowAreKeptUnderTheirID(t *testing.T) {
 	t.Parallel()
@@ -111,7 +112,7 @@ func TestCopiesBehindTheWindowAreKeptUnderTheirID(t *testing.T) {
 	}
 }
 
-// What the server will never take is refused, and what it may take later is not.
+// A message that the server will never take is refused. One that it may take later is not.
 func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	t.Parallel()
 	const payloadMax, messageMax, headerMax = 100_000, 10_000, 64<<10 - 1
@@ -160,7 +161,8 @@ func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	}
 }
 
-// That nobody answers on a subject proves nothing: as long as the topic is there, it is no refusal.
+// If nobody answers on a subject, that proves nothing: while the topic is there, no message is
+// refused.
 func TestMissingPartitionIsNoRefusal(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -223,6 +225,12 @@ func TestNumberOfPartitions(t *testing.T) {
 	if err := client.CreateTopic(t.Context(), topic, &nats.TopicOptions{Partitions: 4}); err == nil || !strings.Contains(err.Error(), "has 8 partitions, not 4: the number is fixed, so ask for 8") {
 		t.Errorf("%v", err)
 	}
+	if err := client.CreateTopic(t.Context(), topic, &nats.TopicOptions{Partitions: 12}); err == nil || !strings.Contains(err.Error(), "has 8 partitions, not 12") {
+		t.Errorf("%v", err)
+	}
+	if n := len(b.streams(t, topic)); n != nats.PartitionsDefault {
+		t.Errorf("%d streams after a try to make more", n)
+	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	for n, inRange := range map[int]bool{-1: false, 1: true, nats.PartitionsMax: true, nats.PartitionsMax + 1: false} {
@@ -245,7 +253,7 @@ func TestNumberOfPartitions(t *testing.T) {
 	}
 }
 
-// After ctx has ended nothing is sent, not even what was in the library's buffers.
+// After ctx has ended nothing is sent, not even the messages in the library's buffers.
 func TestNothingIsSentAfterTheEnd(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -293,7 +301,7 @@ func TestErrorsQuoteNoMessage(t *testing.T) {
 	}
 }
 
-// What can't be a server is an error at once, which quotes no password. A server that is away is not.
+// An invalid URL is an error at once, which quotes no password. A server that is away is no error.
 func TestConnect(t *testing.T) {
 	t.Parallel()
 	for _, servers := range []string{"", "nats://user:secret@[::1", "nats://a:1,,nats://b:1"} {

@@ -32,8 +32,9 @@ type Source struct {
 
 var _ consumer.Source = (*Source)(nil)
 
-// Source returns a source of topics, whose partitions the members of the group share. Each consumer
-// has a group of its own, whose name has no spaces, asterisks or angle brackets.
+// Source returns a source of topics. The members of the group share the partitions of the topics.
+// Each consumer has a group of its own. Its name must have no white space, no * and no >. Source
+// panics if the group or a topic is invalid.
 func (c *Client) Source(group string, topics ...string) *Source {
 	if group == "" || strings.ContainsAny(group, "*> \t\r\n") || len(topics) == 0 {
 		panic("idempotency/broker/nats: Source needs at least one topic, and a group whose name has no spaces, asterisks or angle brackets")
@@ -47,14 +48,15 @@ func (c *Client) Source(group string, topics ...string) *Source {
 }
 
 // Run implements [consumer.Source]. An outage of the server is no error, nor is a topic that is not
-// there: it tries until ctx ends. These errors end it:
+// there: Run tries until ctx ends. These errors end it:
 //
-//   - consumer.ErrTrimmed, with the number of messages that were deleted unread: by a limit of the
-//     stream, or a purge,
+//   - consumer.ErrTrimmed, with the number of messages that a limit of the stream or a purge has
+//     deleted unread,
 //   - consumer.ErrRecreated, which the receiver returns for a stream that was recreated,
-//   - the server has lost messages that were consumed (it crashed before they were on its disk, say).
+//   - the server has lost messages that were consumed (it crashed before they were on its disk,
+//     say).
 //
-// A message that was deleted by itself is skipped, and logged.
+// A message that was deleted individually is skipped, and logged.
 func (s *Source) Run(ctx context.Context, receiver consumer.Receiver) error {
 	parent := ctx
 	ctx, end := context.WithCancelCause(ctx)
@@ -91,15 +93,15 @@ func (m *member) stream(ctx context.Context, number int) (jetstream.Stream, erro
 	return m.conn.js.Stream(ctx, streamName(m.topic, number))
 }
 
-// incarnationOf returns the id of a stream: the time at which it was made. A copy of its
-// configuration makes another stream, and a backup that is restored may too.
+// incarnationOf returns the id of a stream: the time at which it was made. A stream that is made
+// from a copy of the configuration is another one, and a restored backup may be too.
 func incarnationOf(info *jetstream.StreamInfo) (id [16]byte) {
 	binary.BigEndian.PutUint64(id[:], uint64(info.Created.UnixNano())) //nolint:gosec // only its bits
 	return id
 }
 
-// checkStart returns an error if a stream does not have the message with this number any more, or has
-// lost messages before it.
+// checkStart returns an error if a stream does not have the next message any more, or has lost
+// messages in front of it.
 func checkStart(info *jetstream.StreamInfo, next uint64) error {
 	first, end := max(info.State.FirstSeq, 1), info.State.LastSeq+1
 	switch {
@@ -113,7 +115,8 @@ func checkStart(info *jetstream.StreamInfo, next uint64) error {
 	return nil
 }
 
-// errRecreated ends the reading of a stream that is another one now. Its partition begins again.
+// errRecreated ends the reading of a stream that was recreated. The worker opens the partition
+// again.
 var errRecreated = errors.New("the stream was recreated")
 
 // ownersOf returns which of these members should have each partition of a topic. All members that

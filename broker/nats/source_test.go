@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/consumer"
 )
 
-// What other producers publish has an id too: that of CloudEvents, or its place. A header that breaks
-// our rules is dropped.
+// A message of another producer has an id too: that of CloudEvents, or its place. A header that
+// breaks our rules is dropped.
 func TestMessagesOfOtherProducers(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -83,7 +83,7 @@ func TestOptionsAndNamesThatCantWork(t *testing.T) {
 	client.Source("a.b-c_1", "t", "t") // a topic that is named twice counts once
 }
 
-// blocking is a receiver whose calls last until their context ends.
+// blocking is a receiver. Its calls last until their context ends.
 type blocking struct{ began, ended chan struct{} }
 
 func (r *blocking) BatchMax() int { return 1 }
@@ -99,8 +99,8 @@ func (r *blocking) Receive(ctx context.Context, _ consumer.Partition, _ []consum
 	return 0, 0
 }
 
-// Mode 14: a member that hears nothing ends its calls by itself, before others take its partitions.
-// When it hears again it goes on.
+// A member that gets no beats ends its calls by itself, before others take its partitions. When it
+// gets beats again it goes on.
 func TestMemberThatIsCutOffEndsItsCalls(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)

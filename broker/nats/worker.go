@@ -21,11 +21,11 @@ import (
 const (
 	// batchBytesMax ends a batch that has more bytes.
 	batchBytesMax = 1 << 20
-	// pullMessages and two messages of the largest size bound one request to the server.
+	// pullMessages, and the size of two largest messages, bound one request to the server.
 	pullMessages  = 200
 	pullExpiry    = 10 * time.Second
-	pullHeartbeat = 2 * time.Second // the server is silent for two of them: a new consumer is made
-	// idleMax is how long the server keeps a consumer of its own that nobody uses.
+	pullHeartbeat = 2 * time.Second // after two of them without a word of the server a new consumer is made
+	// idleMax is the time for which the server keeps its own consumer if nobody uses it.
 	idleMax = time.Minute
 )
 
@@ -49,8 +49,8 @@ func newWorker(m *member, number int) *worker {
 	return w
 }
 
-// stop lets the worker begin no other call, and ends the one under way after this time. The first
-// call counts, unless the time is 0.
+// stop lets the worker begin no other call, and ends the context of the call under way after this
+// time. Only the first stop counts, or one with the time 0.
 func (w *worker) stop(most time.Duration) {
 	w.halt()
 	if most == 0 {
@@ -100,7 +100,7 @@ func (w *worker) consume(partition consumer.Partition, next uint64) error {
 		if w.halted.Err() != nil {
 			return nil
 		}
-		if !w.member.mayCall() { // the member has been paused: it finds out, and stops
+		if !w.member.mayCall() { // the member was paused: it is about to notice, and to stop this worker
 			wake(w.member.news)
 			w.wait(10 * time.Millisecond)
 			continue
@@ -124,8 +124,8 @@ func (w *worker) wait(pause time.Duration) {
 	}
 }
 
-// fill adds what was read to a batch. It blocks until there is a message, and returns none if there
-// will be no more.
+// fill adds the messages that were read to a batch. If the batch is empty, it blocks until there is
+// a message, and returns none if no more will come.
 func (w *worker) fill(batch []consumer.Delivery, read <-chan consumer.Delivery) []consumer.Delivery {
 	size := 0
 	for i := range batch {
@@ -196,8 +196,8 @@ func (w *worker) check(ctx context.Context, partition consumer.Partition, next u
 	return stream, nil
 }
 
-// readFrom reads with one consumer of the server, until that fails. It acknowledges nothing, and the
-// server counts nothing.
+// readFrom reads with one consumer of the server, until that fails. It acknowledges nothing, and
+// the server counts nothing.
 func (w *worker) readFrom(ctx context.Context, partition consumer.Partition, next *uint64, read chan<- consumer.Delivery) error {
 	asking, cancel := context.WithTimeout(ctx, askMax)
 	defer cancel()
@@ -208,7 +208,8 @@ func (w *worker) readFrom(ctx context.Context, partition consumer.Partition, nex
 	if err != nil {
 		return err
 	}
-	// After that: the consumer is one of this stream, or ends with its own.
+	// The check comes after that: the consumer belongs to the stream that is checked, or was deleted
+	// with a former one.
 	if _, err := w.check(ctx, partition, *next); err != nil {
 		return err
 	}
@@ -241,8 +242,8 @@ func (w *worker) readFrom(ctx context.Context, partition consumer.Partition, nex
 	}
 }
 
-// gap returns nil if all messages from next to got were deleted by themselves, and else an error: a
-// limit has deleted them, or they were lost on their way.
+// gap returns nil if all messages from next up to got were deleted individually. Otherwise it
+// returns an error: a limit has deleted them, or they were lost on their way.
 func (w *worker) gap(ctx context.Context, partition consumer.Partition, next, got uint64) error {
 	stream, err := w.check(ctx, partition, next)
 	if err != nil {
@@ -294,7 +295,7 @@ func delivery(topic string, partition consumer.Partition, in jetstream.Msg, meta
 			}
 		case strings.HasPrefix(name, reservedPrefix):
 		default:
-			if d.Header[name] = values; !valid(d.Header) { // by itself, or too much in all
+			if d.Header[name] = values; !valid(d.Header) { // the header itself, or too much in all
 				delete(d.Header, name)
 			}
 		}

@@ -31,7 +31,7 @@ func RawConn(tx pgx.Tx) *pgx.Conn {
 	return *(**pgx.Conn)(conn.Addr().UnsafePointer())
 }
 
-// NudgedReaders returns the number of those who are woken by each message of this process.
+// NudgedReaders returns the number of readers that each message of this process wakes.
 func NudgedReaders(s *Store) int {
 	s.nudges.mu.Lock()
 	defer s.nudges.mu.Unlock()

@@ -18,9 +18,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// The inbox has the positions of consumers, the records of the messages that they handled, which
-// are those of idempotency_keys, and the messages that are parked. A batch is one transaction: this
-// file has its protocol, like attempt.go for a request.
+// The inbox has the positions of consumers, the records of the messages that they handled (in
+// idempotency_keys), and the messages that are parked. A batch is one transaction: this file has
+// its protocol, as attempt.go has that of a request.
 
 // Tables of package consumer.
 const (
@@ -38,8 +38,8 @@ type Inbox struct {
 
 var _ consumer.Store = (*Inbox)(nil)
 
-// inboxStatements are prepared by their first use on a connection: a service without consumers needs
-// neither them nor their tables.
+// inboxStatements are prepared by their first use on a connection, except park, which is rare: so a
+// service without consumers needs neither them nor their tables.
 type inboxStatements struct {
 	position wire.Statement
 	known    wire.Statement
@@ -60,25 +60,25 @@ func (s *Store) Inbox() *Inbox {
 				" WHERE consumer OPERATOR(pg_catalog.=) $1 AND source OPERATOR(pg_catalog.=) $2 AND partition OPERATOR(pg_catalog.=) $3",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID},
 		},
-		// One character for each message, in their order: see consumer.Known.
-		// OFFSET 0 makes it look each id up by itself: a plan that joins the two sides, made while
-		// the table was small, would read every record of the consumer. LIMIT leaves no message out:
-		// without it the planner expects ten, and plans anew for each batch of fewer.
+		// It returns one character for each message, in their order: see consumer.Known. OFFSET 0
+		// makes the server look each id up by itself: a plan that joins the two sides, made while the
+		// table was small, would read every record of the consumer. LIMIT leaves no message out:
+		// without it the planner expects ten, and plans again for each batch of fewer.
 		known: wire.Statement{
 			Keep: true,
 			SQL: "SELECT pg_catalog.row_security_active('" + keys + "'::pg_catalog.regclass), pg_catalog.string_agg(CASE" +
 				" WHEN k.fingerprint_version OPERATOR(pg_catalog.=) 1 AND k.fingerprint OPERATOR(pg_catalog.=) m.fingerprint THEN '1'" +
 				" WHEN NOT EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2) THEN CASE WHEN k.key IS NULL THEN '0' ELSE '2' END" + // runs once
 				" WHEN EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
-				" WHEN k.key IS NOT NULL THEN '2'" + // behind the parked ones: it is parked itself, once
+				" WHEN k.key IS NOT NULL THEN '2'" + // after '3': a mismatch is parked itself, and only once
 				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND pg_catalog.sha256(p.key) OPERATOR(pg_catalog.=) pg_catalog.sha256(m.key)) THEN '4'" +
 				" ELSE '0' END, '' ORDER BY m.place)" +
 				" FROM (SELECT * FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY LIMIT pg_catalog.cardinality($3)) AS m (id, fingerprint, topic, key, place)" +
 				" LEFT JOIN LATERAL (SELECT key, fingerprint_version, fingerprint FROM " + keys + " WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) m.id OFFSET 0) AS k ON true",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.BoolOID},
 		},
-		// As the statement of a request's record: see [statements]. An answer has no headers here, and
-		// no body.
+		// Like the statement of a request's record: see [statements]. A message's record has no headers
+		// and no body.
 		records: wire.Statement{
 			Keep: true,
 			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)" +
@@ -104,7 +104,7 @@ func (s *Store) Inbox() *Inbox {
 				pgtype.TextArrayOID, pgtype.TextArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.ByteaArrayOID, pgtype.ByteaArrayOID,
 			},
 		},
-		// The position is to a partition what the primary key is to a record: the last guard.
+		// The position is the last guard of a partition, as the primary key is that of a record.
 		move: wire.Statement{
 			Keep: true,
 			SQL: "WITH moved AS (UPDATE " + i.offsets + " SET next_offset = $5, incarnation = $6, attempt_id = $7, deaths = 0, updated_at = pg_catalog.clock_timestamp()" +
@@ -135,8 +135,8 @@ func (i *Inbox) Position(ctx context.Context, name string, p consumer.Partition)
 	return position, nil
 }
 
-// CountDeath implements [consumer.Store]. It tries the lock of the partition, which it has until the
-// count is committed: processes that wait for the partition count nothing.
+// CountDeath implements [consumer.Store]. It tries to take the lock of the partition until the
+// count is committed, so processes that wait for the partition count nothing.
 func (i *Inbox) CountDeath(ctx context.Context, name string, p consumer.Partition) (deaths int, err error) {
 	ctx, cancel := i.store.limited(ctx)
 	defer cancel()
@@ -170,7 +170,7 @@ type batch struct {
 	attempt
 	inbox    *Inbox
 	claim    *consumer.Claim
-	none     idempotency.Claim // the attempt's: it notes the time of the claim
+	none     idempotency.Claim // for the attempt, which writes the time of the claim into it
 	position consumer.Position
 	found    bool // the partition has a position
 	known    []byte
@@ -183,7 +183,7 @@ func (i *Inbox) Begin(ctx context.Context, claim *consumer.Claim) (consumer.Batc
 	return b, i.begin(ctx, b, b.knownCall())
 }
 
-// begin opens the transaction of a batch. The last call tells what is known of the messages.
+// begin opens the transaction of a batch. The last call reads the states of its messages.
 func (i *Inbox) begin(ctx context.Context, b *batch, known wire.Call) error {
 	s, claim := i.store, b.claim
 	conn, err := i.acquire(ctx)
@@ -217,7 +217,7 @@ func (i *Inbox) begin(ctx context.Context, b *batch, known wire.Call) error {
 	return err
 }
 
-// acquire takes a connection on which the server reads our text as it is.
+// acquire takes a connection on which the server does not convert our text.
 func (i *Inbox) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	conn, err := i.store.acquire(ctx)
 	if err != nil {
@@ -275,8 +275,8 @@ func (b *batch) Commit(ctx context.Context, end *consumer.End) error {
 	return b.commit(ctx, end, b.moveCall(end.Next))
 }
 
-// commit sends the last flush. The last call before COMMIT moves the position, or deletes the parked
-// message.
+// commit sends the last flush. Its last call before COMMIT moves the position, or deletes the
+// handled messages of a queue, or the parked message.
 func (b *batch) commit(ctx context.Context, end *consumer.End, last wire.Call) error {
 	defer b.release(ctx)
 	if !b.tx.Abandoned() && !wire.PlainText(b.conn) {
@@ -340,7 +340,7 @@ func (b *batch) parkCall(parks []consumer.Park) wire.Call {
 	}
 	return wire.Call{Statement: &b.inbox.statements.park, Params: params, Apart: true, Meaning: func(err *pgconn.PgError) (sentinel, explained error) {
 		if err.Code == "23505" && err.TableName == ParkedTable {
-			return idempotency.ErrKeyRecorded, err // a copy of it was parked meanwhile
+			return idempotency.ErrKeyRecorded, err // a copy of the message was parked meanwhile
 		}
 		return classify(err), err
 	}}
@@ -368,8 +368,8 @@ func fencedMeaning(err *pgconn.PgError) (sentinel, explained error) {
 // Rollback implements [consumer.Batch].
 func (b *batch) Rollback(ctx context.Context) error { return b.rollback(ctx) }
 
-// due is a condition on a parked message m. The parameter with this number says whether messages of
-// a key are in order: see consumer.Store.
+// due is a condition on a parked message m: see Due of consumer.Store. The parameter with this
+// number says whether the messages of a key have an order.
 func (i *Inbox) due(ordered int) string {
 	return fmt.Sprintf("(m.state = 1 AND m.not_before <= clock_timestamp() OR m.state = 2) AND (m.state = 1 AND NOT $%d::boolean OR"+
 		" NOT EXISTS (SELECT FROM %s AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND sha256(p.key) = sha256(m.key) AND p.id < m.id))", ordered, i.parked)
@@ -471,7 +471,7 @@ func (i *Inbox) countTry(ctx context.Context, claim *consumer.ParkedClaim, p *co
 	return park, nil
 }
 
-// recordedCall is knownCall without the parked messages, of which this is one.
+// recordedCall is knownCall, except that it does not look at parked messages: this one is parked.
 func (b *parkedBatch) recordedCall() wire.Call {
 	call := b.knownCall()
 	call.Params[1] = []byte("") // no consumer has this name

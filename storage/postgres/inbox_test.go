@@ -96,7 +96,7 @@ func TestRoundTripsOfABatch(t *testing.T) {
 					t.Errorf("%d messages: %d round trips, want %d", n, got, want)
 				}
 			}
-			next -= 111 // all of them again: one batch after another is found to be redelivered
+			next -= 111 // all of them again: each batch is found to be redelivered
 			if got := receive(100); got != 2 {
 				t.Errorf("100 redelivered messages: %d round trips, want 2", got)
 			}
@@ -229,8 +229,8 @@ func TestGatePlansOfABatch(t *testing.T) {
 	}
 }
 
-// A statement that was deferred fails at COMMIT, which names no message. The message is found by
-// halves, so the others run a few times more, and not once for each of them.
+// A deferred statement fails at COMMIT, which names no message. The message is found by halving the
+// batch, so the others run a few times more, and not once for each of them.
 func TestPoisonThatFailsAtCommitIsFoundByHalves(t *testing.T) {
 	t.Parallel()
 	const messages, poison, runsMax = 64, 21, 4 * 64
@@ -299,8 +299,8 @@ func TestDeferredMaxOfABatch(t *testing.T) {
 	}
 }
 
-// The promise: a batch reads the records of its own messages, however many its consumer has, and
-// whatever the server knows of the table.
+// The promise: a batch reads only the records of its own messages, however many its consumer has,
+// and whatever statistics the server has of the table.
 func TestGateRecordsReadByABatch(t *testing.T) {
 	t.Parallel()
 	const records, batch, readMax = 5000, 100, 300

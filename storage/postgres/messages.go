@@ -39,14 +39,14 @@ var messageRights = []struct {
 }
 
 // CheckMessages returns an error if messages could be lost in this database, or if the pool's role
-// can't do what the service does with them. It requires the tables of migration 5: plain logged ones
-// with their primary keys, without rules and BEFORE ROW triggers, and without row-level security that
-// hides rows from the role; and the role's rights for each use. Without a use it checks the tables
-// alone.
+// lacks a right for a use of the service. It requires the tables of migration 5: plain logged
+// ones with their primary keys, without rules and BEFORE ROW triggers, and without row-level
+// security that hides rows from the role; and the role's rights for each use. Without a use it
+// checks only the tables.
 //
 // The error joins all faults that it finds, and wraps [ErrSchemaOutdated], [ErrTableUnlogged],
-// [ErrTableUnsafe], [ErrRowSecurityActive] or [ErrRightMissing]. A service with messages calls it in
-// addition to [Store.Check]; others need neither the tables nor the rights.
+// [ErrTableUnsafe], [ErrRowSecurityActive] or [ErrRightMissing]. A service with messages calls it
+// in addition to [Store.Check]; others need neither the tables nor the rights.
 func (s *Store) CheckMessages(ctx context.Context, uses ...MessageUse) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()

@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// CheckMessages names each right that a role lacks for a use, and with those that it names the use
+// CheckMessages names each right that a role lacks for a use. With the rights that it names the use
 // works.
 func TestCheckMessagesNamesTheRightsThatAreMissing(t *testing.T) {
 	t.Parallel()
@@ -142,7 +142,7 @@ func publishOne(t *testing.T, s *testservice.Service) {
 	}
 }
 
-// CheckMessages finds what could lose a message, and its remedy mends it.
+// CheckMessages finds each fault that could lose a message, and its remedy mends it.
 func TestCheckMessagesFindsWhatLosesMessages(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)

@@ -45,9 +45,9 @@ func shardOf(m *message.Message) int16 {
 }
 
 // outboxStatement writes messages. The ids of the rows are drawn here, after every row lock that
-// the handler has taken, so messages of handlers that lock a common row have them in the order of
-// their commits. COMMIT is on its way behind the statement, so it must fail itself if a trigger
-// drops a row.
+// the handler has taken, so the ids of messages of handlers that lock a common row have the order
+// of the commits. COMMIT is sent behind the statement in the same flush, so the statement itself
+// must fail if a trigger drops a row.
 func outboxStatement(schema string) wire.Statement {
 	return wire.Statement{
 		Keep: true,
@@ -59,9 +59,10 @@ func outboxStatement(schema string) wire.Statement {
 	}
 }
 
-// deferred returns what the handler left for the last flush: the statements of DeferExec, and one
-// that writes its messages. together is the number of bytes of parameters since the last Sync;
-// refused says why something is missing. The store may publish more messages.
+// deferred returns the calls that the handler left for the last flush: the statements of DeferExec,
+// and one that writes its messages and more, which the store publishes. together is the number of
+// bytes of parameters since the last Sync; refused is the reason if a statement or message is
+// missing.
 func (a *attempt) deferred(more ...message.Message) (calls []wire.Call, together int, refused error) {
 	calls, together, refused = a.tx.Deferred()
 	if messages := slices.Concat(a.tx.Messages(), more); len(messages) > 0 {
@@ -107,7 +108,8 @@ func outboxMeaning(err *pgconn.PgError) (sentinel, explained error) {
 	return classify(err), err
 }
 
-// nudge wakes the relay of this process if the transaction, which has ended, published messages.
+// nudge wakes the readers of the outbox in this process if the handlers of the transaction, which
+// is committed, published messages.
 func (a *attempt) nudge() {
 	if len(a.tx.Messages()) > 0 {
 		a.store.nudges.send()
@@ -135,15 +137,16 @@ func (n *nudges) send() {
 	for _, c := range n.readers {
 		select {
 		case c <- struct{}{}:
-		default: // it will look anyway
+		default: // it has a value already
 		}
 	}
 }
 
 // Outbox is the outbox of a store, for package relay. It is safe for concurrent use.
 //
-// Each look begins at the front of a shard, and not behind the last id that was deleted. A transaction
-// that drew a lower id may commit later, and the next message of its key would overtake it.
+// Each look begins at the front of a shard, and not behind the last id that was deleted: a
+// transaction that drew a lower id may commit later, and the next message of its key would overtake
+// it.
 type Outbox struct {
 	store  *Store
 	table  string // sanitized
@@ -161,7 +164,8 @@ func (s *Store) Outbox(except ...string) *Outbox {
 
 var _ relay.Outbox = (*Outbox)(nil)
 
-// ready is a condition on a message m: it is not refused, and no refused one is in front of it.
+// ready is a condition on a message m: it is not refused, and no refused one of its topic and key
+// is in front of it.
 func (o *Outbox) ready() string {
 	return "m.refused IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND sha256(p.key) = sha256(m.key) AND p.id < m.id)"
 }
@@ -182,19 +186,20 @@ func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
 	return shards, nil
 }
 
-// Nudged implements [relay.Outbox].
+// Nudged implements [relay.Outbox]. Dead messages that a consumer publishes give no value: the next
+// look finds them.
 func (o *Outbox) Nudged() <-chan struct{} { return o.nudged() }
 
-// RefusedBytesMax is the maximum length of the broker's words that are kept with a refused message.
+// RefusedBytesMax is the maximum length of the broker's reason that is kept with a refused message.
 const RefusedBytesMax = 500
 
-// Drain implements [relay.Outbox]. One transaction has the shard's lock and the deletion of what
-// was published. If its COMMIT fails, the messages stay, and are published again.
+// Drain implements [relay.Outbox]. One transaction takes the shard's lock and deletes the messages
+// that were published. If its COMMIT fails, they stay, and are published again.
 func (o *Outbox) Drain(ctx context.Context, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
 	if shard < 0 || shard >= OutboxShards {
 		return d, fmt.Errorf("drain the outbox: there is no shard %d", shard)
 	}
-	reading, cancel := o.store.limited(ctx) // a limit for BEGIN and all that is read
+	reading, cancel := o.store.limited(ctx) // a limit for BEGIN and all reads together
 	defer cancel()
 	tx, err := o.store.pool.BeginTx(reading, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite})
 	if err != nil {
@@ -207,11 +212,11 @@ func (o *Outbox) Drain(ctx context.Context, shard int, limits relay.Limits, publ
 	return d, nil
 }
 
-// rollback ends a transaction that was not committed.
+// rollback ends the transaction if it was not committed.
 func (o *Outbox) rollback(ctx context.Context, tx pgx.Tx) {
 	ctx, cancel := o.store.limited(context.WithoutCancel(ctx))
 	defer cancel()
-	_ = tx.Rollback(ctx) // after COMMIT, or what failed before is returned
+	_ = tx.Rollback(ctx) // after COMMIT it does nothing; after a failure that error is returned
 }
 
 func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
@@ -248,7 +253,7 @@ func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limit
 	if len(results) != len(messages) {
 		return d, fmt.Errorf("the publisher returned %d results for %d messages", len(results), len(messages))
 	}
-	// What the broker has confirmed is deleted, even if ctx has ended meanwhile.
+	// Messages that the broker has confirmed are deleted, even if ctx has ended meanwhile.
 	ctx, cancel := o.store.limited(context.WithoutCancel(ctx))
 	defer cancel()
 	var published, refused []int64
@@ -288,9 +293,9 @@ func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limit
 	return d, nil
 }
 
-// reasonOf returns the broker's words as they are kept with a refused message.
+// reasonOf returns the broker's reason as it is kept with a refused message.
 func reasonOf(err error) string {
-	text := strings.Map(func(r rune) rune { // which also replaces what is not UTF-8
+	text := strings.Map(func(r rune) rune { // Map also replaces bytes that are not UTF-8
 		if r < ' ' || r == 0x7f {
 			return ' '
 		}

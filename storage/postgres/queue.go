@@ -3,6 +3,8 @@ package postgres
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -15,15 +17,15 @@ import (
 )
 
 // Queue is a topic of the outbox as a queue in the same database, for a consumer that needs no
-// broker: the commit that has the effects of a message deletes its row. So no id has to be recorded,
-// and no position. A topic has one consumer, because a message is gone once it is handled. A Queue is
-// both the source and the store of package consumer:
+// broker: the commit that has the effects of a message deletes its row. So no id has to be
+// recorded, and no position. A topic has one consumer, because a message is gone once it is
+// handled. A Queue is both the source and the store of package consumer:
 //
 //	queue := store.Queue("mails")
 //	go consumer.New("mailer", queue, queue, sendMail, nil).Run(ctx)
 //
-// The relay of every process must leave the topic out: see [Store.Outbox]. It is safe for concurrent
-// use.
+// The relay of every process must leave the topic out: see [Store.Outbox]. It is safe for
+// concurrent use.
 type Queue struct {
 	*Inbox // parked messages are those of any consumer
 	topic  string
@@ -41,7 +43,8 @@ var (
 // Queue returns the queue of a topic.
 func (s *Store) Queue(topic string) *Queue {
 	q := &Queue{Inbox: s.Inbox(), topic: topic, outbox: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), nudged: sync.OnceValue(s.nudges.reader)}
-	// As Inbox's known, with its OFFSET 0 and LIMIT, but what is recorded there is deleted here.
+	// Like Inbox's known, with its OFFSET 0 and LIMIT. A message that is recorded there is deleted
+	// here.
 	q.exists = wire.Statement{
 		Keep: true,
 		SQL: "SELECT pg_catalog.string_agg(CASE WHEN o.id IS NULL THEN '1'" +
@@ -71,17 +74,22 @@ func (q *Queue) Run(ctx context.Context, receiver consumer.Receiver) error {
 	var all sync.WaitGroup
 	defer all.Wait()
 	var mu sync.Mutex
-	busy := map[int]time.Time{} // by shard: until when nothing is delivered
+	busy := map[int]time.Time{} // by shard: nothing is delivered until this time
+	failed := false
 	for ctx.Err() == nil {
 		shards, err := q.waiting(ctx)
 		if err != nil {
-			shards = nil // the next look tries again
+			shards = nil
+			if !failed && ctx.Err() == nil {
+				slog.Warn("idempotency: a queue was not read; the next look tries again", "topic", q.topic, "error", wire.SQLError(err))
+			}
 		}
+		failed = err != nil
 		for _, shard := range shards {
 			mu.Lock()
 			free := time.Now().After(busy[shard])
 			if free {
-				busy[shard] = time.Now().Add(time.Hour) // until it is done
+				busy[shard] = time.Now().Add(math.MaxInt64) // until it is done
 			}
 			mu.Unlock()
 			if !free {
@@ -113,8 +121,8 @@ func (q *Queue) waiting(ctx context.Context) ([]int, error) {
 	return pgx.CollectRows(rows, pgx.RowTo[int])
 }
 
-// deliver delivers the messages of a shard until there are none, and returns the pause until it
-// should be looked at again.
+// deliver delivers the messages of a shard until there are none, or a call settles none. It returns
+// the pause before the next look at the shard.
 func (q *Queue) deliver(ctx context.Context, receiver consumer.Receiver, shard int) (pause time.Duration) {
 	partition := consumer.Partition{Source: q.topic, Number: int32(shard)}
 	for ctx.Err() == nil {
@@ -191,8 +199,7 @@ func (b *queueBatch) existsCall() wire.Call {
 // Position implements [consumer.Batch].
 func (b *queueBatch) Position() consumer.Position { return consumer.Position{Next: -1} }
 
-// Commit implements [consumer.Batch]. It deletes the messages; that is what keeps them from being
-// handled again.
+// Commit implements [consumer.Batch]. It deletes the messages, so they are not handled again.
 func (b *queueBatch) Commit(ctx context.Context, end *consumer.End) error {
 	shard := wire.EncodeInt2(int16(b.claim.Partition.Number))
 	var offsets [][]byte

@@ -53,8 +53,9 @@ func eventually(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// Several processes consume one queue: each message has one effect, in the order of its key, no
-// record and no position are kept, and what one can't handle is parked with its key.
+// Several processes consume one queue: each message has one effect, in the order of its key, and no
+// record and no position are kept. A message that they can't handle is parked, and those of its key
+// behind it.
 func TestQueueHandlesEachMessageOnce(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int{1, 20} {
@@ -122,14 +123,14 @@ func TestQueueHandlesEachMessageOnce(t *testing.T) {
 	}
 }
 
-// dyingQueue is the queue of a process that will have died: it takes nothing back.
+// dyingQueue is the queue of a process that is about to die: it takes nothing back.
 type dyingQueue struct{ *postgres.Queue }
 
 func (dyingQueue) ForgiveDeath(context.Context, string, consumer.Partition) error {
 	return errors.New("the process is dead")
 }
 
-// Mode 21: the message of a queue that ends its process is found, and those beside it are handled.
+// The message of a queue that ends its process is found, and the others are handled.
 func TestQueueFindsTheMessageThatKillsItsProcess(t *testing.T) {
 	t.Parallel()
 	const deathsMax = 20
@@ -168,7 +169,7 @@ func TestQueueFindsTheMessageThatKillsItsProcess(t *testing.T) {
 	}
 }
 
-// Modes 1 and 2: a message with a lower id that is committed later is handled, and somebody's long
+// A message with a lower id that is committed later is handled, and somebody's long
 // transaction delays no message.
 func TestQueueHandlesAMessageThatIsCommittedLate(t *testing.T) {
 	t.Parallel()

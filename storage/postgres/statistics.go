@@ -93,7 +93,7 @@ func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
 type MessageStatistics struct {
 	Outbox        int64         // messages in the outbox that no broker has refused
 	OutboxRefused int64         // messages that a broker refused; they wait for a person
-	OldestOutbox  time.Duration // age of the oldest that a relay can publish. If it grows, no relay runs
+	OldestOutbox  time.Duration // age of the oldest that is behind no refused one. If it grows, no relay or consumer of a queue runs
 	Waiting       int64         // parked messages that are tried again
 	Behind        int64         // parked messages behind another one of their key
 	Dead          int64         // parked messages that wait for a person

@@ -74,8 +74,8 @@ func TestStatisticsOfOpenRequests(t *testing.T) {
 	}
 }
 
-// What waits is counted once: a message behind a refused or parked one is no message that a relay
-// could publish, or a consumer try.
+// Each message is counted once, and one behind a refused or parked message has no part in the ages: a
+// relay can't publish it, and no consumer can try it.
 func TestStatisticsOfMessages(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -190,7 +190,7 @@ func TestStatisticsGiveUp(t *testing.T) {
 	}
 }
 
-// A reading leaves nothing behind: what wakes relays and queues is kept for those only.
+// MessageStatistics leaves nothing behind: only relays and queues have a channel that wakes them.
 func TestMessageStatisticsWakeNobody(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

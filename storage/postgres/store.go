@@ -188,7 +188,7 @@ type Store struct {
 	// primary can't be recognized by it.
 	withoutPosition atomic.Bool
 
-	nudges nudges // of those who read the outbox in this process
+	nudges nudges // for the readers of the outbox in this process
 
 	synchronousCommit []byte // the option, as a parameter
 }
@@ -282,8 +282,8 @@ func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	return s.pool.Acquire(ctx)
 }
 
-// limited bounds a statement that is not of a request: also the client waits no longer than
-// Options.StatementTimeout, so that a connection that has fallen silent stops nothing for ever.
+// limited bounds a statement that belongs to no request. The client too waits no longer than
+// Options.StatementTimeout, so that a connection that has fallen silent blocks nothing for ever.
 func (s *Store) limited(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, s.options.StatementTimeout)
 }

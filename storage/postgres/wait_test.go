@@ -50,7 +50,7 @@ func (u *usage) TraceRelease(*pgxpool.Pool, pgxpool.TraceReleaseData) {
 	u.now--
 }
 
-// total returns how many connections have been taken.
+// total returns the number of connections that were taken.
 func (u *usage) total() int {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -609,8 +609,8 @@ func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
 	}
 }
 
-// A handler whose connection was lost runs on until it notices. Another process may execute the
-// request meanwhile. From then on no copy is told that it is in progress, in no process.
+// A handler that has lost its connection runs on until it notices. Another process may execute the
+// request meanwhile. From then on no process answers a copy with in-progress.
 func TestHandlerWithoutItsConnectionHidesNoRecord(t *testing.T) {
 	t.Parallel()
 	used := &usage{}

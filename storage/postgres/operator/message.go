@@ -26,13 +26,13 @@ const PositionsMax = 10_000
 
 // Errors of messages.
 var (
-	// ErrNotParked: the message is not parked here, or not refused. It may have been handled or published
-	// since.
+	// ErrNotParked: the message is not parked at this consumer, or in the outbox it is not refused. It
+	// may have been handled or published since.
 	ErrNotParked = errors.New("message is not parked: idemctl message get shows what became of it")
-	// ErrBehind: the message waits behind another one of its key, which is in front of it. Redrive or
-	// drop that one: [ParkedMessage.Front]. Nothing was done.
+	// ErrBehind: the message waits behind another one of its key. Redrive or drop that one:
+	// [ParkedMessage.Front]. Nothing was done.
 	ErrBehind = errors.New("message waits behind another one of its key")
-	// ErrNoMessage: nothing is known of a message with this id.
+	// ErrNoMessage: the database knows no message with this id.
 	ErrNoMessage = errors.New("nothing is known of the message")
 )
 
@@ -61,29 +61,33 @@ func (s ParkedState) number() (consumer.ParkState, error) {
 	return 0, fmt.Errorf("%w: a parked message is waiting, behind or dead", ErrInvalid)
 }
 
-// ParkedMessage is a message that a consumer could not handle, or that waits behind one. Its headers
-// and body are not read: see [Operator.MessageContent].
+// ParkedMessage is a message that a consumer could not handle, or a message that waits behind such
+// a one. Its headers and body are not read: see [Operator.MessageContent].
 type ParkedMessage struct {
 	Consumer  string
 	ID        string
-	Source    string // the topic or stream that it came from
+	Source    string // the topic that it came from
 	Topic     string
 	Key       []byte // nil if it has none
 	Partition int32
 	Offset    int64
 	State     ParkedState
-	Attempts  int    // tries that failed, since it was parked or redriven last
-	Error     string // why the last try failed
+
+	// Attempts is the number of tries that failed or run, since the message came or was redriven last;
+	// or of the processes that died in it.
+	Attempts int
+
+	Error     string // the reason why the last try failed
 	ParkedAt  time.Time
 	Age       time.Duration // since ParkedAt
 	NotBefore time.Time     // of the next try; zero unless it is waiting
-	Front     string        // id of the parked message of its key that has to go first; empty if it is this one
+	Front     string        // id of the first parked message of its key; empty if none is in front of it
 	BodyBytes int64
 
 	row int64 // the place in the list
 }
 
-// Seen is what an act compares: see [MessageAct.Seen].
+// Seen returns the state that an act compares: see [MessageAct.Seen].
 func (m *ParkedMessage) Seen() string { return string(m.State) + "-" + strconv.Itoa(m.Attempts) }
 
 // ParkedFilter selects the parked messages that match every field that is set.
@@ -165,30 +169,33 @@ func (p Page) byRow() (rows int, after int64, err error) {
 
 func rowCursor(row int64) Cursor { return Cursor(strconv.FormatInt(row, 36)) }
 
-// Consumer is what the database knows of a consumer. It does not know how far the broker is: tools
-// of the broker show the lag.
+// Consumer is the state of a consumer in the database, which does not know the newest offsets of
+// the broker: tools of the broker show the lag.
 type Consumer struct {
 	Name      string
 	Positions []Position
 
 	Waiting, Behind, Dead int64         // parked messages, by their state
 	OldestDead            time.Duration // since the oldest dead one was parked; zero if there is none
-	OldestDue             time.Duration // for which a waiting one has been due; zero if none is. If it grows, no consumer of this name runs
+
+	// OldestDue is the longest time that a waiting one has been due; zero if none is. If it grows, no
+	// consumer of this name runs.
+	OldestDue time.Duration
 }
 
-// Position is the place of a consumer in a partition.
+// Position is the position of a consumer in a partition.
 type Position struct {
 	Source      string
 	Partition   int32
 	Next        int64    // offset of the next message; negative if none was consumed yet, and in a queue
 	Incarnation [16]byte // of the source
-	Deaths      int      // processes that began a batch and did not end it, since the place was moved last
+	Deaths      int      // processes that began a batch and did not end it, since the position was moved last
 	MovedAt     time.Time
 	Age         time.Duration         // since MovedAt
-	Attempt     idempotency.AttemptID // batch that moved it last; rows of the handler may carry it
+	Attempt     idempotency.AttemptID // batch that moved it last; the handler's own rows may have it
 
-	// Holder is the session that works on the partition now; nil if none does. It holds the partition
-	// only while a batch runs.
+	// Holder is the session that has the partition's lock; nil if none has it. It is taken only while
+	// a batch runs.
 	Holder *Holder
 }
 
@@ -293,10 +300,10 @@ func (o *Operator) lockHolders(ctx context.Context, tx pgx.Tx) (map[int64]*Holde
 	return holders, err
 }
 
-// Outbox is what waits in the outbox.
+// Outbox is the state of the outbox.
 type Outbox struct {
 	Shards  []OutboxShard // those with messages or a relay
-	Pending int64         // messages that a relay can publish, of all shards
+	Pending int64         // messages that a relay can publish, or the consumer of a queue can handle, of all shards
 	Refused int64         // messages that the broker refused
 	Behind  int64         // messages behind a refused one of their key
 	Now     time.Time
@@ -359,7 +366,7 @@ type OutboxMessage struct {
 	Topic       string
 	Key         []byte // nil if it has none
 	Shard       int
-	Refused     string // the broker's words when it refused the message; empty if it did not
+	Refused     string // the broker's reason to refuse the message; empty if it did not
 	Front       string // id of the refused message of its key that has to go first; empty if there is none
 	PublishedAt time.Time
 	Age         time.Duration // since PublishedAt
@@ -418,13 +425,13 @@ func validMessageID(id string) error {
 	return nil
 }
 
-// MessageState is all that the database knows of a message.
+// MessageState is everything that the database knows of a message.
 type MessageState struct {
 	ID      string
-	Outbox  []OutboxMessage // at most one, as a rule; [MessageRowsMax] at most
+	Outbox  []OutboxMessage // one as a rule, and at most [MessageRowsMax]
 	Parked  []ParkedMessage // by its consumers
 	Handled []HandledMessage
-	// Events is the whole of it in the order of time, with the acts of operators.
+	// Events are all of this in the order of time, with the acts of operators.
 	Events []Event
 	Now    time.Time
 }
@@ -439,13 +446,13 @@ type HandledMessage struct {
 // [Operator.Message].
 const MessageRowsMax = 100
 
-// Message returns what is known of a message: its row in the outbox, and its record or its parked row
+// Message returns the state of a message: its row in the outbox, and its record or its parked row
 // at each consumer. The consumers are those that have a position or a parked message; if a name is
-// given, it looks only at that one. It reads the outbox, whose index does not have the id, to its
-// end. The error is [ErrNoMessage] if nothing is known.
+// given, Message looks only at that one. It reads the whole outbox, because no index there has the
+// id. The error is [ErrNoMessage] if nothing is known.
 //
-// A message that was published is not in the outbox any more: then only its consumers show that it
-// was there.
+// A message that a relay has published is not in the outbox any more. Then only its consumers show
+// that it was there.
 func (o *Operator) Message(ctx context.Context, id, consumerName string) (MessageState, error) {
 	state := MessageState{ID: id}
 	err := validMessageID(id)
@@ -533,7 +540,7 @@ func (o *Operator) messageIn(ctx context.Context, tx pgx.Tx, state *MessageState
 	return nil
 }
 
-// parkedIn reads a parked message; lock is FOR UPDATE OF m, or nothing.
+// parkedIn reads a parked message; lock is FOR UPDATE OF m, or empty.
 func (o *Operator) parkedIn(ctx context.Context, tx pgx.Tx, consumerName, id, lock string) (ParkedMessage, error) {
 	m, err := scanParked(tx.QueryRow(ctx, "SELECT "+o.parkedColumns()+" FROM "+o.parked+" AS m WHERE m.consumer = $1 AND m.message_id = $2 "+lock, consumerName, id), new(time.Time))
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -566,9 +573,9 @@ func (o *Operator) parkedEvents(ctx context.Context, tx pgx.Tx, key idempotency.
 	return events, nil
 }
 
-// MessageContent returns a message with its headers and body: from the outbox, or from a consumer that
-// has parked it. It may contain data that an operator need not see, so no other call returns it. The
-// error is [ErrNoMessage] if it is in neither.
+// MessageContent returns a message with its headers and body: from the outbox, or from a consumer
+// that has parked it. They may contain data that an operator need not see, so no other call returns
+// them. The error is [ErrNoMessage] if the message is in neither.
 func (o *Operator) MessageContent(ctx context.Context, id string) (message.Message, error) {
 	m := message.Message{ID: id}
 	var headers []byte
@@ -591,13 +598,13 @@ func (o *Operator) MessageContent(ctx context.Context, id string) (message.Messa
 	return m, nil
 }
 
-// MessageAct is who acts on a message, and why. Act.Attempt must be zero.
+// MessageAct names the operator who acts on a message, and the reason. Act.Attempt must be zero.
 type MessageAct struct {
 	Act
 
-	// Seen, if set, restricts the act to the message as the operator saw it: [ParkedMessage.Seen], such
-	// as dead-8. If it was tried or acted on since, the act returns [ErrChanged]. It must be empty for
-	// a message in the outbox, whose acts need one that is parked.
+	// Seen, if set, restricts the act to the message as the operator saw it: [ParkedMessage.Seen],
+	// such as dead-8. If it was tried or acted on since, the act returns [ErrChanged]. Seen must be
+	// empty for a message in the outbox.
 	Seen string
 }
 
@@ -609,12 +616,13 @@ const (
 	actOutboxDrop  = "outbox-drop"
 )
 
-// Redrive makes a dead or waiting message due at once, with the whole of its attempts, and returns it
-// as it was. Its id stays, so a copy that was handled since makes it a duplicate, as long as that
-// record counts: redrive a dead message before its consumer's Options.Retention has passed.
+// Redrive makes a dead or waiting message due at once, with all of its attempts again, and returns
+// it as it was. Its id stays, so if a copy was handled since, the message is a duplicate. That
+// holds while the record of the copy is kept: redrive a dead message before its consumer's
+// Options.Retention has passed.
 //
-// Like every act on a message it checks what the operator saw, changes the row and adds a row to the
-// audit table, all in one transaction. Errors: [ErrNotParked]; [ErrBehind]; [ErrChanged];
+// Like every act on a message it checks what the operator saw, changes the row and adds a row to
+// the audit table, all in one transaction. Errors: [ErrNotParked]; [ErrBehind]; [ErrChanged];
 // [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
 func (o *Operator) Redrive(ctx context.Context, consumerName, id string, act MessageAct) (ParkedMessage, error) {
 	return o.parkedAct(ctx, actRedrive, consumerName, id, act, func(m *ParkedMessage) error {
@@ -626,10 +634,10 @@ func (o *Operator) Redrive(ctx context.Context, consumerName, id string, act Mes
 }
 
 // Drop deletes a parked message, and returns it as it was. ITS CONSUMER NEVER HANDLES IT, and the
-// messages behind it go on. Read its content first ([Operator.MessageContent]): nothing else has it,
-// unless the broker still does. If it is handled at this moment, either that or the drop happens. A
-// copy that the broker delivers later is handled, because nothing records that this one was dropped.
-// It returns the errors of [Operator.Redrive], but for ErrBehind.
+// messages behind it go on. Read its content first ([Operator.MessageContent]): nothing else has
+// it, unless the broker still does. If it is handled at this moment, either that or the drop
+// happens. A copy that the broker delivers later is handled, because nothing records that this one
+// was dropped. It returns the errors of [Operator.Redrive] except ErrBehind.
 func (o *Operator) Drop(ctx context.Context, consumerName, id string, act MessageAct) (ParkedMessage, error) {
 	return o.parkedAct(ctx, actDrop, consumerName, id, act, nil, "DELETE FROM "+o.parked+" WHERE consumer = $1 AND message_id = $2")
 }
@@ -656,8 +664,8 @@ func (o *Operator) parkedAct(ctx context.Context, action, consumerName, id strin
 	return m, nil
 }
 
-// RetryOutbox gives a message that the broker refused to the relay again, and returns it as it was.
-// The later messages of its key follow it. It returns the errors of [Operator.Redrive], but for
+// RetryOutbox lets the relay publish a message again that the broker refused, and returns it as it
+// was. The later messages of its key follow it. It returns the errors of [Operator.Redrive] except
 // ErrBehind and ErrChanged.
 func (o *Operator) RetryOutbox(ctx context.Context, id string, act MessageAct) (OutboxMessage, error) {
 	return o.outboxAct(ctx, actOutboxRetry, id, act, "UPDATE "+o.outbox+" SET refused = NULL WHERE shard = $1 AND id = $2 AND refused IS NOT NULL")

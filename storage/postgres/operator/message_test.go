@@ -88,7 +88,7 @@ func (b *messageBundle) retry(t *testing.T, until func() bool) {
 	}
 }
 
-// Mode 23: a redriven message keeps its id, and is handled once. Those behind it follow in order.
+// A redriven message keeps its id, and is handled once. Those behind it follow in order.
 func TestRedriveKeepsTheIDAndTheOrder(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
@@ -138,7 +138,7 @@ func TestRedriveKeepsTheIDAndTheOrder(t *testing.T) {
 	}
 }
 
-// Mode 23: if a copy was handled meanwhile, a redrive is a duplicate.
+// If a copy was handled meanwhile, a redrive is a duplicate.
 func TestRedriveOfWhatWasHandledHasNoEffect(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
@@ -233,7 +233,8 @@ func (b *messageBundle) publish(t *testing.T, value string, bodies ...string) (i
 	return ids
 }
 
-// drain gives the outbox to a broker that refuses the body too large, and returns what it took.
+// drain publishes the outbox to a broker that refuses the body large. It returns the bodies that
+// the broker took.
 func (b *messageBundle) drain(t *testing.T, large string) (taken []string) {
 	t.Helper()
 	box := b.Store.Outbox()
@@ -311,7 +312,8 @@ func TestParkedInTheOutbox(t *testing.T) {
 	}
 }
 
-// One timeline has what the outbox, each consumer and the operators know of a message.
+// One timeline has all events of a message: those of the outbox, of each consumer and of the
+// operators.
 func TestTimelineOfAMessage(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
@@ -352,7 +354,8 @@ func TestTimelineOfAMessage(t *testing.T) {
 	}
 }
 
-// A consumer's place, its parked messages, and the session that works on a partition.
+// Consumers shows a consumer's position, its parked messages, and the session that works on a
+// partition.
 func TestConsumersShowWhoHoldsAPartition(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
@@ -449,7 +452,7 @@ func TestRightsOfActsOnMessages(t *testing.T) {
 	}
 }
 
-// What an operator asks for is refused with the remedy.
+// An act that can't be done is refused with the remedy.
 func TestInvalidMessageCalls(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)

@@ -1,5 +1,5 @@
-// Package locks has the numbers of the advisory locks that belong to no request. They are those of
-// keys with an empty scope, which no request has.
+// Package locks has the numbers of the advisory locks of partitions and of the outbox's shards.
+// They are those of keys with an empty scope, which no request has.
 package locks
 
 import (
@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Partition returns the lock of a consumer's partition. The table is that of the records, qualified
-// and unquoted.
+// Partition returns the lock of a consumer's partition. The table is the name of the records' table
+// with its schema, unquoted.
 func Partition(table, consumer, source string, partition int32) int64 {
 	return idempotency.Key{Value: "consumer " + strconv.Quote(consumer) + " " + strconv.Quote(source) + " " + strconv.Itoa(int(partition))}.LockNumber(table)
 }

@@ -45,7 +45,7 @@ func (d *deferred) refuseLocked(err error) {
 	}
 }
 
-// refuseStatement adds the place of the statement.
+// refuseStatement is refuse with the place of the statement.
 func (d *deferred) refuseStatement(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

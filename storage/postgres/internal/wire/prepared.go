@@ -23,7 +23,8 @@ type Statement struct {
 	Name   string   // of a deferred statement that is prepared on its connection
 
 	// Keep prepares the statement on a connection with its first use there, in the same flush, if the
-	// set is prepared on it. It is for statements that few services send, or whose tables few have.
+	// set is prepared on it. It is for statements that few services send, or that need tables that few
+	// databases have.
 	Keep bool
 }
 
@@ -138,14 +139,14 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	return nil
 }
 
-// keptMark is the key under which a connection's custom data keeps the names of the statements that
-// their first use prepared, by their text.
+// keptMark is a key in a connection's custom data. Under it are the names of the statements that
+// were prepared by their first use, by their text.
 const keptMark = "paidonce/idempotency/kept"
 
 // kept are the statements with Keep that a flush prepares.
 type kept struct {
 	names  map[string]string // of those that are prepared already
-	parsed []string          // the texts that the flush parses, in order; "" for one that is not kept
+	parsed []string          // the texts that the flush parses, in order; "" if one is not kept
 	drawn  []string          // their names
 }
 

@@ -4,5 +4,5 @@ package wire
 
 import "net"
 
-// Unread always reports false: on this system nobody looks.
+// Unread always reports false: it can't look on this system.
 func Unread(net.Conn) bool { return false }

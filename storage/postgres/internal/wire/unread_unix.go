@@ -7,9 +7,9 @@ import (
 	"syscall"
 )
 
-// Unread reports whether bytes of the server, or the end of the connection, wait to be read. It also
-// reports true after a Close. It takes nothing from the connection, and does not disturb a Read or
-// Write in another goroutine.
+// Unread reports whether bytes from the server, or the end of the connection, wait to be read. It
+// also reports true after a Close, and false for a kind of connection that it does not know. It
+// takes nothing from the connection, and does not disturb a Read or Write in another goroutine.
 func Unread(conn net.Conn) bool {
 	for {
 		outer, ok := conn.(interface{ NetConn() net.Conn }) // as tls.Conn
