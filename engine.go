@@ -224,15 +224,15 @@ func (e *Engine) Options() Options { return e.options }
 // [Engine.With].
 func (e *Engine) InFlight() int { return int(e.family.inFlight.Load()) }
 
-// ErrAnswerMissing is the error of a [RunFunc] if its handler returned without an answer. The handler
-// has failed, unless one of its calls to another service has no result yet: then it had nothing to
-// answer, and the request stays open.
+// ErrAnswerMissing is the error that a [RunFunc] returns if its handler returned without an answer.
+// The handler has failed, unless one of its calls to another service has no result yet: then it had
+// nothing to answer, and the request stays open.
 var ErrAnswerMissing = errors.New("handler gave no answer")
 
 // RunFunc runs the handler once and returns its answer. The engine calls it again, with a new
 // context, if the transaction has to be started again; each call must start from the request as it
 // arrived. A [*Refusal] means that the handler was not run, and any other error that it failed; in
-// both cases nothing is recorded. Without an answer and an error it is [ErrAnswerMissing].
+// both cases nothing is recorded. A nil answer with a nil error counts as [ErrAnswerMissing].
 type RunFunc func(ctx context.Context) (*Answer, error)
 
 // Refusal is the error of a [RunFunc] that did not run the handler, after the claim has shown that

@@ -6,9 +6,9 @@ import (
 	"encoding/binary"
 )
 
-// The versions of the built-in functions, and the least version of one of your own. Requests of two
-// protocols are never the same: an adapter that finds a record with the built-in version of another
-// protocol answers mismatch.
+// The versions of the built-in functions, and the least version of a function of your own. Requests
+// of two protocols are never the same: an adapter that finds a record with the built-in version of
+// another protocol answers mismatch.
 const (
 	FingerprintVersionHTTP    = 1 // of NewFingerprintV1
 	FingerprintVersionRPC     = 2 // of the adapters for gRPC and Connect

@@ -122,8 +122,8 @@ func (run *run) fingerprint(f Fingerprinter) idempotency.Fingerprint {
 	return idempotency.NewFingerprint(f.Version, f.Content(r, run.body))
 }
 
-// ofAnotherProtocol is a FingerprintAt. The record of a call by gRPC is never that of an HTTP request:
-// the fingerprint that it returns equals none, so the key is a mismatch.
+// ofAnotherProtocol is a FingerprintAt for the records of gRPC calls. It returns a fingerprint that
+// equals no other, so a key that was used by gRPC is a mismatch.
 func ofAnotherProtocol(version int16) (idempotency.Fingerprint, bool) {
 	return idempotency.Fingerprint{Version: version}, version == idempotency.FingerprintVersionRPC
 }

@@ -89,17 +89,17 @@ func (m *Middleware) refuseSecond(w http.ResponseWriter, r *http.Request, at *mo
 	m.refuseBroken(w, r, fmt.Errorf("%w: an Engine's attempt runs already, and again at %v", errMountedTwice, at))
 }
 
-// These refuse a request that the framework's own bridge brought. Its handlers would answer past the
-// middleware before COMMIT, or after a rollback.
+// These errors refuse a request that came through a framework's own bridge to net/http. The
+// framework's handlers would answer past the middleware: before COMMIT, or after a rollback.
 var (
 	errGin      = errors.New("gin's ResponseWriter is outside: use the adapter in contrib/gin, or mount the middleware around the whole router")
 	errFasthttp = errors.New("fasthttp's adaptor is outside: use the adapter in contrib/fiber3")
 )
 
 // wrongMount returns an error if the middleware is mounted in a framework by a bridge that can't
-// work. Neither gin nor fasthttp is imported: it recognizes a method that only theirs have. gin's
-// handlers write to gin's own writer. fasthttp's adaptor runs its handlers after the middleware, and
-// reuses the memory of the key.
+// work. It imports neither gin nor fasthttp: it looks for a method that only gin's writer, or only
+// fasthttp's context, has. gin's handlers write to gin's own writer. fasthttp's adaptor runs its
+// handlers after the middleware, and reuses the memory of the key.
 func wrongMount(w http.ResponseWriter, r *http.Request) error {
 	if _, ok := w.(interface{ WriteHeaderNow() }); ok {
 		return errGin

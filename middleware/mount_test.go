@@ -228,8 +228,9 @@ type fasthttpContext struct{ context.Context }
 
 func (fasthttpContext) VisitUserValuesAll(func(key, value any)) {}
 
-// A framework's own bridge, which would run handlers past the middleware or after it, is refused: no
-// handler runs, and the log names the adapter. Methods that the middleware does not touch pass.
+// A request through a framework's own bridge is refused: no handler runs, and the log names the
+// adapter. The handlers would run past the middleware, or after it. Methods that the middleware does
+// not touch pass.
 func TestFrameworksOwnBridgesAreRefused(t *testing.T) {
 	t.Parallel()
 	for name, bridge := range map[string]func(next http.Handler) http.Handler{

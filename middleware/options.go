@@ -27,9 +27,9 @@ type Options struct {
 
 	// Disposition returns the meaning of an answer for the transaction. Defaults to
 	// [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
-	// handler's writes, and 5xx forgotten. A protocol that reports errors in the body of a 200, as
-	// GraphQL and JSON-RPC do, needs one of its own. It gets the whole body, and the headers that are
-	// recorded, and must not change them in place.
+	// handler's writes, and 5xx forgotten. A protocol that reports errors in the body of a 200, such as
+	// GraphQL and JSON-RPC, needs a Disposition of its own. It gets the whole body, and the headers
+	// that are recorded, and must not change them in place.
 	Disposition func(answer idempotency.Answer) idempotency.Disposition
 
 	// Reduce returns the part of an answer that is recorded, if that is not all of it: see
@@ -61,10 +61,10 @@ type Options struct {
 	// malformed key is still refused.
 	Optional bool
 
-	// EmptyOK lets a handler return without a WriteHeader or a Write, which net/http answers with an
-	// empty 200. False, the default, makes such a request 500 handler-failed, and undoes the
-	// handler's writes: a handler of a framework that is wired wrongly looks the same, because its
-	// answer, or its error, goes around the middleware.
+	// EmptyOK makes an empty 200, as net/http does, of a handler that calls neither WriteHeader nor
+	// Write. Defaults to false: such a request is 500 handler-failed, and the handler's writes are
+	// undone. A framework that is wired wrongly looks the same, because its answer, or its error,
+	// goes around the middleware.
 	EmptyOK bool
 
 	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255. 255 is

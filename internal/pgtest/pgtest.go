@@ -47,9 +47,9 @@ const (
 // shared is the one cluster of this test binary. A testing.TB has no place for it.
 var shared cluster
 
-// Main runs a package's tests, stops the server if a test started it, fails if goroutines are left
-// over that the options don't ignore, and exits. With -short at least 6 tests run in parallel, unless
-// -parallel says how many.
+// Main runs a package's tests, stops the server if a test started it, and exits. It fails if
+// goroutines are left that the options don't ignore. With -short at least 6 tests run in parallel,
+// unless -parallel is set.
 func Main(m *testing.M, leaks ...goleak.Option) { os.Exit(run(m, leaks)) }
 
 func run(m *testing.M, leaks []goleak.Option) (code int) {

@@ -146,7 +146,7 @@ func (c *check) wait(done <-chan result) Reply {
 	return Reply{}
 }
 
-// answered checks an answer of the handler's, of the given run.
+// answered checks that an answer is that of the given run of the handler.
 func (c *check) answered(got Reply, outcome idempotency.Outcome, run int) {
 	c.Helper()
 	id := fmt.Sprintf("run-%d", run)
@@ -193,7 +193,7 @@ func (c *check) counted(runs, written int) {
 	}
 }
 
-// ended checks how the transactions ended, once as many have.
+// ended blocks until as many transactions have ended, and checks how they did.
 func (c *check) ended(want ...string) []End {
 	c.Helper()
 	if err := c.Store.settle(c.ctx, len(want)); err != nil {

@@ -25,8 +25,8 @@ func (r Reply) String() string {
 const content = `{"amount":100,"token":"mwtest-1"}`
 
 // Send sends a request to a service that was made by [New] and is mounted at url, with these values
-// of Idempotency-Key, each in a header line of its own. Unlike the table it accepts an answer that
-// is not the middleware's.
+// of Idempotency-Key, each in a header line of its own. Unlike the cases of the suite, it accepts an
+// answer that the middleware did not write.
 func (s *Service) Send(url string, do Behavior, keys ...string) Reply {
 	s.t.Helper()
 	got, err := s.request(s.t.Context(), url, string(do), strings.NewReader(content), keys...)

@@ -1,11 +1,12 @@
-// Package mwtest tests that an adapter, or a wiring of package middleware into a framework, keeps
-// the promises of the middleware: that an answer is recorded exactly as the client saw it, with the
-// handler's writes or without them, and that the handler runs once.
+// Package mwtest is a conformance suite. It tests that an adapter, or a wiring of package middleware
+// into a framework, keeps the promises of the middleware: an answer is recorded exactly as the
+// client saw it, with the handler's writes or without them, and the handler runs once.
 //
 //	func TestConformance(t *testing.T) {
 //		mwtest.Run(t, mwtest.Features{NoReturnedErrors: true}, func(s *mwtest.Service) string {
+//			idem := s.Middleware.With(func(o *middleware.Options) { o.RouterState = chiroute.State })
 //			router := chi.NewRouter()
-//			router.With(s.Middleware.Handler).Method("POST", mwtest.Prefix+"{do}", s.Handler)
+//			router.With(idem.Handler).Method("POST", mwtest.Prefix+"{do}", s.Handler)
 //			return s.Serve(router)
 //		})
 //	}
@@ -13,8 +14,8 @@
 // Each case is a subtest on a fresh store and a fresh mount, and guards one rule. A case that fails
 // prints its rule. Run it with -race.
 //
-// A framework with handlers of its own has such a handler call [Service.Probe] with its context, the
-// parameter of its route and the body, and then behave as the [Probe] says:
+// If a framework has a handler type of its own, write such a handler. It calls [Service.Probe] with
+// its context, the parameter of its route and the body, and then behaves as the [Probe] says:
 //
 //	probe := s.Probe(c.Request().Context(), c.Param("do"), body)
 //	switch probe.Do {
@@ -68,13 +69,13 @@ type Features struct {
 	// NoLocation: a handler can't set the header Location.
 	NoLocation bool
 
-	// AlwaysAnswers: a handler can't return without an answer, because the framework makes one of
-	// whatever it returns.
+	// AlwaysAnswers: a handler can't return without an answer, because the framework turns each
+	// result into one.
 	AlwaysAnswers bool
 }
 
-// Prefix is the beginning of the path of the route to mount, for POST. One more segment follows: the
-// parameter of the route, which [Service.Probe] gets.
+// Prefix begins the path of the route to mount, for POST. One more segment follows: the parameter of
+// the route, which the handler passes to [Service.Probe].
 const Prefix = "/mwtest/"
 
 // Limits of the middleware in a [Service].
@@ -84,11 +85,11 @@ const (
 )
 
 // Mount mounts the middleware and a handler on the route [Prefix] + parameter in the framework, and
-// serves it until the case is over (see [Service.Serve] and [Service.Cleanup]). It returns the
-// server's address, such as "http://127.0.0.1:8080". It is called once for each case.
+// serves it until the case ends (see [Service.Serve] and [Service.Cleanup]). It returns the server's
+// address, such as "http://127.0.0.1:8080". It is called once for each case.
 type Mount func(s *Service) (url string)
 
-// Service is what a [Mount] puts together, fresh for each case.
+// Service has the parts that a [Mount] puts together. Each case has a Service of its own.
 type Service struct {
 	// Middleware is on Store. If the framework needs other options, use its With.
 	Middleware *middleware.Middleware
@@ -107,7 +108,7 @@ type Service struct {
 	gone    chan struct{} // of the latest request at Serve; nil if there was none
 
 	mu     sync.Mutex
-	body   string // that the probe must see a part of; empty if any
+	body   string // the request's body must contain it; empty: any body
 	runs   int
 	faults []string
 }
@@ -125,8 +126,8 @@ type tester interface {
 
 var _ tester = testing.TB(nil)
 
-// New returns a service outside of the table, for a test of a wiring's own. change may be nil; it
-// changes the options of the middleware.
+// New returns a service for a test that is not a case of the suite. change changes the options of
+// the middleware, and may be nil.
 func New(t testing.TB, change func(o *middleware.Options)) *Service {
 	return newService(t, change)
 }
@@ -145,7 +146,7 @@ func newService(t tester, change func(o *middleware.Options)) *Service {
 	return s
 }
 
-// Serve serves a handler of net/http until the case is over, and returns the server's address.
+// Serve serves a handler of net/http until the case ends, and returns the server's address.
 func (s *Service) Serve(handler http.Handler) (url string) {
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		gone := make(chan struct{})
@@ -164,7 +165,7 @@ func (s *Service) Serve(handler http.Handler) (url string) {
 	return server.URL
 }
 
-// Cleanup calls f when the case is over.
+// Cleanup calls f when the case ends.
 func (s *Service) Cleanup(f func()) { s.t.Cleanup(f) }
 
 // Fatalf fails the case, because the mount can't be made.
@@ -190,7 +191,7 @@ func (s *Service) fault(format string, args ...any) {
 // patience bounds every wait of a case. A correct mount never takes that long.
 const patience = 20 * time.Second
 
-// Run runs the table, each case on a mount of its own.
+// Run runs the suite, each case on a mount of its own.
 func Run(t *testing.T, features Features, mount Mount) {
 	for _, one := range cases {
 		t.Run(one.name, func(t *testing.T) {
@@ -203,7 +204,7 @@ func Run(t *testing.T, features Features, mount Mount) {
 	}
 }
 
-// need is what a case needs of a framework.
+// need is an ability of the framework that a case needs.
 type need uint8
 
 const (

@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Behavior is what the handler does.
+// Behavior names what the handler has to do.
 type Behavior string
 
 // The behaviors.
@@ -36,7 +36,7 @@ const (
 	Hijack Behavior = "hijack"
 )
 
-// The parameters of the route that are no behavior: Probe itself does it.
+// With these parameters of the route, Probe itself panics or blocks.
 const (
 	doPanic = "panic" // panics
 	doHold  = "hold"  // blocks until the case releases the run, then Answer

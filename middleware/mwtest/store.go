@@ -34,7 +34,7 @@ type End struct {
 	Verb   string              // COMMIT, DECLINE or ROLLBACK
 	Key    idempotency.Key     // Value is empty for a request without a key
 	Answer *idempotency.Answer // as recorded; nil after ROLLBACK and if Err is set
-	Err    error               // of the end; the transaction was then rolled back
+	Err    error               // of the end; if it is set the transaction was rolled back
 }
 
 // String returns the verb, and if the end failed it says so.
@@ -214,7 +214,7 @@ func (s *Store) settle(ctx context.Context, n int) error {
 	}
 }
 
-// changed returns the number of keys that were not the same at the end as when they were claimed.
+// changed returns the number of keys that have changed since they were claimed.
 func (s *Store) changed() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -52,7 +52,7 @@ func (r *recording) Failed() bool {
 	return len(r.failures) > 0
 }
 
-// findings runs the table, and returns what each case found.
+// findings runs the suite, and returns the findings of each case.
 func findings(t *testing.T, features Features, mount Mount, only ...string) map[string][]string {
 	t.Helper()
 	found := map[string][]string{}
@@ -195,7 +195,7 @@ func TestRightAdapterPasses(t *testing.T) {
 	}))
 }
 
-// The table finds each wiring that a user tries first, and each mistake of an adapter's.
+// The suite finds the mistake in each wiring that a user tries first, and each mistake of an adapter.
 func TestTableFindsWrongWirings(t *testing.T) {
 	t.Parallel()
 	plain := Features{NoReturnedErrors: true}
@@ -304,7 +304,7 @@ func TestTableFindsWrongWirings(t *testing.T) {
 				mu.Unlock()
 				r.Header.Set("Idempotency-Key", unsafe.String(&buffer[0], n))
 				inner.ServeHTTP(w, r)
-				s.Store.Ends() // orders the write above before the table's reads
+				s.Store.Ends() // orders the write above before the suite's reads
 			})
 		}), found: []string{"BigBody"}, text: "clone the strings"},
 		"the body is read outside": {features: plain, mount: outside(func(_ *Service, inner http.Handler, w http.ResponseWriter, r *http.Request) {
