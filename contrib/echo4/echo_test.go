@@ -243,6 +243,40 @@ func TestTransaction(t *testing.T) {
 	}
 }
 
+// An error is never an empty 200, whatever the app's HTTPErrorHandler does.
+func TestErrorHandlerThatWritesNothing(t *testing.T) {
+	t.Parallel()
+	e := echo.New()
+	e.HTTPErrorHandler = func(error, echo.Context) {}
+	e.POST("/", func(echo.Context) error { return errors.New("failed") }, echoidem.Middleware(onMemory(func(o *middleware.Options) { o.EmptyOK = true })))
+	if got := send(e, "/", "key-1"); !strings.HasPrefix(got, "500 not-executed") {
+		t.Errorf("%q, want 500", got)
+	}
+}
+
+// A handler that goes on after its run, as Echo's own timeout leaves one, writes to nobody: the run
+// does not count, and the client must not see its answer.
+func TestHandlerThatGoesOnWritesToNobody(t *testing.T) {
+	t.Parallel()
+	e := echo.New()
+	var late echo.Context
+	idem := onMemory(func(o *middleware.Options) {
+		o.Disposition = func(answer idempotency.Answer) idempotency.Disposition { // after the run, and before its end
+			if err := late.String(http.StatusCreated, "paid"); err != nil {
+				t.Error(err)
+			}
+			return idempotency.DefaultDisposition(answer)
+		}
+	})
+	e.POST("/", func(c echo.Context) error {
+		late = c
+		return c.String(http.StatusServiceUnavailable, "timeout")
+	}, echoidem.Middleware(idem))
+	if got := send(e, "/", "key-1"); got != "503 not-executed timeout" {
+		t.Errorf("%q, want the 503", got)
+	}
+}
+
 func account(*http.Request) (string, error) { return "acme", nil }
 
 func logger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }

@@ -26,8 +26,8 @@ import (
 // The handler may run more than once, and only one run counts; values that a run set by c.Set remain
 // for the next. Its c.Request().Context() carries the transaction and outlives the client. An error
 // that it returns goes to Echo's HTTPErrorHandler, whose answer is recorded as the handler's own is:
-// middleware outside sees no error, but the status. Flush panics and Hijack fails, because nothing
-// reaches the client before COMMIT.
+// middleware outside sees no error, but the status. An error that it answers with nothing is a 500.
+// Flush panics and Hijack fails, because nothing reaches the client before COMMIT.
 //
 // It panics if idem is for a resumable route: a run without a client has no echo.Context. Mount such
 // a middleware around the whole app.
@@ -42,7 +42,16 @@ func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
 		return func(c *echo.Context) error {
 			one := &request{c: c, next: next}
 			r := c.Request().WithContext(context.WithValue(c.Request().Context(), requestKey{}, one))
-			handler.ServeHTTP(&outside{c.Response()}, r)
+			before, response := c.Request(), c.Response()
+			defer func() {
+				// Not before: what a handler left behind must not find Echo's own writer while the
+				// transaction is open.
+				if !one.untouched {
+					c.SetRequest(before)
+					c.SetResponse(response)
+				}
+			}()
+			handler.ServeHTTP(&outside{response}, r)
 			return one.err
 		}
 	}
@@ -50,9 +59,10 @@ func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
 
 // request is one request on its way through the middleware.
 type request struct {
-	c    *echo.Context
-	next echo.HandlerFunc
-	err  error // of a request with a method that is not the middleware's
+	c         *echo.Context
+	next      echo.HandlerFunc
+	untouched bool  // its method is not the middleware's
+	err       error // of the handler, if it is untouched
 }
 
 type requestKey struct{}
@@ -64,19 +74,18 @@ type outside struct{ http.ResponseWriter }
 func run(w http.ResponseWriter, r *http.Request) {
 	one := r.Context().Value(requestKey{}).(*request)
 	c := one.c
-	if _, untouched := w.(*outside); untouched {
+	if _, one.untouched = w.(*outside); one.untouched {
 		one.err = one.next(c)
 		return
 	}
-	before, response := c.Request(), c.Response()
-	defer func() {
-		c.SetRequest(before)
-		c.SetResponse(response)
-	}()
 	c.SetRequest(r)
-	c.SetResponse(echo.NewResponse(w, c.Echo().Logger))
+	response := echo.NewResponse(w, c.Echo().Logger)
+	c.SetResponse(response)
 	if err := one.next(c); err != nil {
 		c.Echo().HTTPErrorHandler(c, err)
+		if !response.Committed {
+			response.WriteHeader(http.StatusInternalServerError) // never an empty 200
+		}
 	}
 }
 

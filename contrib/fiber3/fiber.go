@@ -13,11 +13,15 @@ package fiberidem
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"iter"
+	"maps"
+	"mime/multipart"
 	"net/http"
 	"net/url"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/gofiber/fiber/v3"
@@ -35,9 +39,9 @@ import (
 // the client; c itself does not carry it. An error that a handler returns goes to the app's
 // ErrorHandler, whose answer is recorded as the handler's own is: middleware outside sees no error,
 // but the status. An answer of 200 without a body counts as none (see
-// [middleware.Options].EmptyOK). A streamed answer and a taken-over conn are refused with 500,
-// because nothing may reach the client before COMMIT; c.End and c.Drop, which use the conn
-// themselves, must not be called.
+// [middleware.Options].EmptyOK), and to an error it is a 500. A streamed answer and a taken-over
+// conn are refused with 500, because nothing may reach the client before COMMIT; c.End and c.Drop,
+// which use the conn themselves, must not be called.
 //
 // It panics if idem is for a resumable route: a run without a client has no fiber.Ctx.
 func Middleware(idem *middleware.Middleware) fiber.Handler {
@@ -52,10 +56,7 @@ func Middleware(idem *middleware.Middleware) fiber.Handler {
 	return func(c fiber.Ctx) error {
 		outside := c.Context()
 		one := &request{c: c, state: snapshot(c)}
-		r, err := convert(context.WithValue(outside, requestKey{}, one), c)
-		if err != nil {
-			return fiber.NewError(fiber.StatusBadRequest)
-		}
+		r := convert(context.WithValue(outside, requestKey{}, one), c)
 		w := &writer{header: http.Header{}}
 		addHeaders(w.header, &one.state.response.Header)
 		w.header.Del("Content-Type") // Fiber's default
@@ -83,12 +84,12 @@ func requestOf(ctx context.Context) *request { return ctx.Value(requestKey{}).(*
 
 // convert returns the request for net/http. It shares no memory with c: fasthttp uses its buffers
 // again, and the store keeps keys.
-func convert(ctx context.Context, c fiber.Ctx) (*http.Request, error) {
+func convert(ctx context.Context, c fiber.Ctx) *http.Request {
 	in := c.Request()
 	target := string(in.Header.RequestURI())
 	parsed, err := url.ParseRequestURI(target)
-	if err != nil {
-		return nil, err
+	if err != nil { // Fiber routes it by the path that it finds
+		parsed = &url.URL{Path: string(in.URI().Path()), RawQuery: string(in.URI().QueryString())}
 	}
 	r := (&http.Request{
 		Method: string(in.Header.Method()), URL: parsed, RequestURI: target, Host: string(in.Host()), Header: http.Header{},
@@ -100,9 +101,66 @@ func convert(ctx context.Context, c fiber.Ctx) (*http.Request, error) {
 	if stream := in.BodyStream(); stream != nil {
 		r.Body, r.ContentLength = io.NopCloser(stream), max(int64(in.Header.ContentLength()), -1)
 	} else {
-		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(in.Body())), int64(len(in.Body()))
+		body := bodyOf(c)
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	}
-	return r, nil
+	return r
+}
+
+// bodyOf returns the body. fasthttp has no bytes of a form in parts if it has parsed it before the
+// handlers run, and would put its fields together in another order each time. Here they are sorted:
+// a retry has the same fingerprint.
+func bodyOf(c fiber.Ctx) []byte {
+	in := c.Request()
+	boundary := string(in.Header.MultipartFormBoundary())
+	if boundary == "" || c.App().Config().DisablePreParseMultipartForm || len(in.Header.ContentEncoding()) > 0 {
+		return in.Body()
+	}
+	form, err := in.MultipartForm()
+	if err != nil {
+		return in.Body()
+	}
+	var body bytes.Buffer
+	if err := writeForm(&body, form, boundary); err != nil {
+		panic(fmt.Errorf("idempotency/contrib/fiber3: write the form again: %w", err))
+	}
+	return body.Bytes()
+}
+
+func writeForm(w io.Writer, form *multipart.Form, boundary string) error {
+	parts := multipart.NewWriter(w)
+	if err := parts.SetBoundary(boundary); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(form.Value)) {
+		for _, value := range form.Value[name] {
+			if err := parts.WriteField(name, value); err != nil {
+				return err
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(form.File)) {
+		for _, header := range form.File[name] {
+			if err := writeFile(parts, header); err != nil {
+				return err
+			}
+		}
+	}
+	return parts.Close()
+}
+
+func writeFile(parts *multipart.Writer, header *multipart.FileHeader) error {
+	part, err := parts.CreatePart(header.Header)
+	if err != nil {
+		return err
+	}
+	file, err := header.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	_, err = io.Copy(part, file)
+	return err
 }
 
 // run runs the handlers after the middleware.
@@ -119,19 +177,24 @@ func run(w http.ResponseWriter, r *http.Request) {
 	}
 	c.Request().SetBodyRaw(body)
 	c.SetContext(r.Context())
-	if err := c.Next(); err != nil && c.App().ErrorHandler(c, err) != nil {
-		_ = c.SendStatus(fiber.StatusInternalServerError)
-	}
 	response := c.Response()
+	if err := c.Next(); err != nil && (c.App().ErrorHandler(c, err) != nil || unanswered(response)) {
+		_ = c.SendStatus(fiber.StatusInternalServerError) // never an empty 200
+	}
 	if c.RequestCtx().Hijacked() || response.IsBodyStream() {
 		panic(idempotency.UsageError("idempotency/contrib/fiber3: the handler streams its answer or takes over the conn, which would reach the client before COMMIT: answer as a whole, or leave the middleware out of this route"))
 	}
 	clear(w.Header())
 	addHeaders(w.Header(), &response.Header)
-	if status := response.StatusCode(); status != fiber.StatusOK || len(response.Body()) > 0 {
-		w.WriteHeader(status)
+	if !unanswered(response) {
+		w.WriteHeader(response.StatusCode())
 		_, _ = w.Write(response.Body())
 	}
+}
+
+// unanswered reports whether the response is as Fiber makes it.
+func unanswered(response *fasthttp.Response) bool {
+	return response.StatusCode() == fiber.StatusOK && !response.IsBodyStream() && len(response.Body()) == 0
 }
 
 func addHeaders(to http.Header, from interface {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"mime/multipart"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -387,6 +388,111 @@ func post(t *testing.T, url, key string) string {
 		t.Fatal(err)
 	}
 	r.Header.Set("Idempotency-Key", key)
+	response, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = response.Body.Close() }()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprint(response.StatusCode, " ", response.Header.Get("Idempotency-Status"), " ", string(body))
+}
+
+// fasthttp parses a form in parts before any handler runs, and puts its fields together again in any
+// order. A retry is the same request all the same.
+func TestRetryOfAFormInParts(t *testing.T) {
+	t.Parallel()
+	app := fiber.New()
+	app.Post("/", fiberidem.Middleware(onMemory(nil)), func(c fiber.Ctx) error {
+		file, err := c.FormFile("receipt")
+		if err != nil {
+			return err
+		}
+		return c.Status(http.StatusCreated).SendString(c.FormValue("to") + " " + c.FormValue("amount") + " " + file.Filename)
+	})
+	url := serve(t, app)
+	form := func(to string) string {
+		var body strings.Builder
+		parts := multipart.NewWriter(&body)
+		if err := parts.SetBoundary("mwtest"); err != nil {
+			t.Fatal(err)
+		}
+		for _, field := range []string{"to", "amount", "currency", "account", "text", "day"} {
+			_ = parts.WriteField(field, to+field)
+		}
+		for _, name := range []string{"receipt", "bill", "photo"} {
+			if part, err := parts.CreateFormFile(name, name+".txt"); err == nil {
+				_, _ = io.WriteString(part, name)
+			}
+		}
+		_ = parts.Close()
+		return body.String()
+	}
+	if got := postForm(t, url, "key-1", form("")); got != "201 executed to amount receipt.txt" {
+		t.Fatalf("%q", got)
+	}
+	for range 10 {
+		if got := postForm(t, url, "key-1", form("")); got != "201 replayed to amount receipt.txt" {
+			t.Fatalf("%q, want the replay", got)
+		}
+	}
+	if got := postForm(t, url, "key-1", form("other ")); !strings.HasPrefix(got, "422 mismatch") {
+		t.Errorf("%q, want a mismatch", got)
+	}
+}
+
+// An error is never an empty 200, whatever the app's ErrorHandler does.
+func TestErrorHandlerThatWritesNothing(t *testing.T) {
+	t.Parallel()
+	app := fiber.New(fiber.Config{ErrorHandler: func(fiber.Ctx, error) error { return nil }})
+	app.Post("/", fiberidem.Middleware(onMemory(func(o *middleware.Options) { o.EmptyOK = true })), func(fiber.Ctx) error {
+		return errors.New("failed")
+	})
+	if got := post(t, serve(t, app), "key-1"); !strings.HasPrefix(got, "500 not-executed") {
+		t.Errorf("%q, want 500", got)
+	}
+}
+
+// A path that net/http does not parse is Fiber's to route.
+func TestMalformedPath(t *testing.T) {
+	t.Parallel()
+	app := fiber.New()
+	app.Use(fiberidem.Middleware(onMemory(nil)))
+	app.Get("/files/:name", func(c fiber.Ctx) error { return c.SendString("read") })
+	app.Post("/files/:name", func(c fiber.Ctx) error { return c.Status(http.StatusCreated).SendString("paid") })
+	address := strings.TrimPrefix(serve(t, app), "http://")
+	for _, c := range []struct{ method, status, outcome string }{
+		{http.MethodGet, "200 OK", ""},
+		{http.MethodPost, "201 Created", "executed"},
+		{http.MethodPost, "201 Created", "replayed"},
+	} {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = fmt.Fprintf(conn, "%s /files/100%% HTTP/1.1\r\nHost: a\r\nIdempotency-Key: key-1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", c.method)
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := response.Header.Get("Idempotency-Status"); response.Status != c.status || got != c.outcome {
+			t.Errorf("%s: %s %q, want %s %q", c.method, response.Status, got, c.status, c.outcome)
+		}
+		_ = response.Body.Close()
+		_ = conn.Close()
+	}
+}
+
+func postForm(t *testing.T, url, key, form string) string {
+	t.Helper()
+	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, strings.NewReader(form))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Idempotency-Key", key)
+	r.Header.Set("Content-Type", "multipart/form-data; boundary=mwtest")
 	response, err := http.DefaultClient.Do(r)
 	if err != nil {
 		t.Fatal(err)

@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"reflect"
+	"unsafe"
 
 	"github.com/gin-gonic/gin"
 
@@ -36,6 +37,9 @@ import (
 // It panics if idem is for a resumable route: a run without a client has no gin.Context. Mount such
 // a middleware around the whole router.
 func Middleware(idem *middleware.Middleware) gin.HandlerFunc {
+	if _, known := reflect.TypeFor[gin.Context]().FieldByName(ownWriter); !known {
+		panic("idempotency/contrib/gin: this release of gin is not known: take an older one, or mount the middleware around the router, idem.Handler(router)")
+	}
 	handler := idem.With(func(o *middleware.Options) {
 		if o.Resumable != "" {
 			panic("idempotency/contrib/gin: Options.Resumable is set, and a resumed run has no gin.Context: mount the middleware around the router, idem.Handler(router)")
@@ -50,10 +54,16 @@ func Middleware(idem *middleware.Middleware) gin.HandlerFunc {
 		if r.Pattern == "" && c.FullPath() != "" {
 			r.Pattern = r.Method + " " + c.FullPath() // the default of Options.Route
 		}
-		handler.ServeHTTP(&outside{c.Writer}, r)
-		if !one.untouched {
-			c.Abort() // a replay runs no handler, and a panic left the chain in the middle
-		}
+		before, writer := c.Request, c.Writer
+		defer func() {
+			// Not before: what a handler left behind must not find gin's own writer while the
+			// transaction is open.
+			if !one.untouched {
+				c.Request, c.Writer = before, writer
+				c.Abort() // a replay runs no handler, and a panic left the chain in the middle
+			}
+		}()
+		handler.ServeHTTP(&outside{writer}, r)
 	}
 }
 
@@ -79,10 +89,10 @@ func run(w http.ResponseWriter, r *http.Request) {
 		c.Next()
 		return
 	}
-	before, writer, errors := c.Request, c.Writer, len(c.Errors)
-	defer func() { c.Request, c.Writer = before, writer }()
+	errors := len(c.Errors)
 	// gin sets a 404 of its own before the handlers run.
-	inside := &recorder{ResponseWriter: w, status: writer.Status(), answered: writer.Status() != http.StatusOK, size: -1}
+	inside := &recorder{ResponseWriter: w, status: c.Writer.Status(), answered: c.Writer.Status() != http.StatusOK, size: -1}
+	defer redirect(c, inside)()
 	c.Request, c.Writer = r, inside
 	c.Next()
 	if len(c.Errors) > errors && !inside.Written() && inside.status < http.StatusBadRequest {
@@ -92,6 +102,20 @@ func run(w http.ResponseWriter, r *http.Request) {
 		inside.WriteHeaderNow()
 	}
 }
+
+// redirect lets gin's own writer write to w until the returned function is called: HandleContext
+// gives it to the handlers. Its field is not exported.
+func redirect(c *gin.Context, w http.ResponseWriter) (restore func()) {
+	field := reflect.ValueOf(c).Elem().FieldByName(ownWriter)
+	own := reflect.NewAt(field.Type(), unsafe.Pointer(field.UnsafeAddr())).Elem()
+	saved := reflect.New(own.Type()).Elem()
+	saved.Set(own)
+	own.FieldByName("ResponseWriter").Set(reflect.ValueOf(w))
+	return func() { own.Set(saved) }
+}
+
+// ownWriter is the name of the field in a gin.Context that is gin's own writer.
+const ownWriter = "writermem"
 
 // state is a gin.Context before the first run. The position in the chain is not exported, so it
 // takes all fields.

@@ -259,6 +259,59 @@ func TestTransaction(t *testing.T) {
 	}
 }
 
+// A handler that goes on after its run, as timeouts leave one, writes to nobody: the run does not
+// count, and the client must not see its answer.
+func TestHandlerThatGoesOnWritesToNobody(t *testing.T) {
+	t.Parallel()
+	router := gin.New()
+	var late *gin.Context
+	idem := onMemory(func(o *middleware.Options) {
+		o.Disposition = func(answer idempotency.Answer) idempotency.Disposition { // after the run, and before its end
+			late.String(http.StatusCreated, "paid")
+			return idempotency.DefaultDisposition(answer)
+		}
+	})
+	router.POST("/", ginidem.Middleware(idem), func(c *gin.Context) {
+		late = c
+		c.String(http.StatusServiceUnavailable, "timeout")
+	})
+	if got := send(router, "/", "key-1"); got != "503 not-executed timeout" {
+		t.Errorf("%q, want the 503", got)
+	}
+}
+
+// HandleContext routes a request again, and takes gin's own writer for it. The answer is recorded as
+// any other, and nothing goes out before COMMIT.
+func TestHandleContext(t *testing.T) {
+	t.Parallel()
+	for _, fail := range []bool{false, true} {
+		router := gin.New()
+		runs := 0
+		s := mwtest.New(t, nil)
+		if fail {
+			s.Store.FailCommits(idempotency.ErrUnavailable)
+		}
+		router.POST("/v1", ginidem.Middleware(s.Middleware), func(c *gin.Context) {
+			c.Request.URL.Path = "/v2"
+			router.HandleContext(c)
+		})
+		router.POST("/v2", func(c *gin.Context) {
+			runs++
+			c.String(http.StatusCreated, "paid")
+		})
+		want, again := "201 executed paid", "201 replayed paid"
+		if fail {
+			want, again = "503 not-executed ", "201 executed paid"
+		}
+		if got := send(router, "/v1", "key-1"); !strings.HasPrefix(got, want) || strings.HasSuffix(got, "paid") == fail {
+			t.Errorf("%q, want %q", got, want)
+		}
+		if got := send(router, "/v1", "key-1"); got != again {
+			t.Errorf("%q, want %q", got, again)
+		}
+	}
+}
+
 func logger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
 func account(*http.Request) (string, error) { return "acme", nil }
