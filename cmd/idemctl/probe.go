@@ -52,7 +52,8 @@ func profiles() string {
 	return strings.Join(names, ",")
 }
 
-// probeVerdict is the error of an examination that did not end with ok. The report is printed.
+// probeVerdict is the error of an examination with a verdict other than ok. The report is already
+// printed.
 type probeVerdict string
 
 func (v probeVerdict) Error() string { return "verdict: " + string(v) }

@@ -191,7 +191,7 @@ func TestProbeOfOurServices(t *testing.T) {
 	}
 }
 
-// probeMax is the longest time of an examination, and some for the start of the program.
+// probeMax is the maximum time of an examination, and of the program's start.
 const probeMax = 2*time.Minute + waitMax
 
 // probeOf runs the program to its end.

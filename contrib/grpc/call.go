@@ -17,11 +17,11 @@ import (
 	"github.com/paidonce/idempotency/contrib/grpc/rpc"
 )
 
-// call is a handler and all it needs to run again from the start.
+// call has a handler, and all that the handler needs to run again from the start.
 type call struct {
 	options *Options
 	method  string
-	message proto.Message // as it came, and kept so
+	message proto.Message // as it came; runs get copies
 	handler grpc.UnaryHandler
 
 	result rpc.Result // of the last run
@@ -74,8 +74,8 @@ func errorOf(err error) *status.Status {
 	return s
 }
 
-// heldStream keeps the metadata that a run of the handler sets until the call is settled: a run
-// that does not count leaves none. It is safe for concurrent use.
+// heldStream holds the metadata that a run of the handler sets. It is sent after the commit, and
+// only if that run counts. heldStream is safe for concurrent use.
 type heldStream struct {
 	method string
 
@@ -85,8 +85,8 @@ type heldStream struct {
 	ended   bool
 }
 
-// The errors of a heldStream. With their code the answer of a handler that passes one on is
-// forgotten.
+// The errors of a heldStream. If a handler returns one of them, its code makes the engine forget
+// the answer.
 var (
 	errSent  = status.Error(codes.Internal, "idempotency: SendHeader is refused, because the client would learn of a payment before its commit: use SetHeader")
 	errEnded = status.Error(codes.Internal, "idempotency: the handler has returned")
@@ -104,7 +104,7 @@ func (s *heldStream) SendHeader(metadata.MD) error { return errSent }
 // SetTrailer implements grpc.ServerTransportStream.
 func (s *heldStream) SetTrailer(md metadata.MD) error { return s.add(&s.trailer, md) }
 
-// add adds metadata, without the names that are the interceptor's.
+// add adds metadata, without the names that only the interceptor sets.
 func (s *heldStream) add(to *metadata.MD, md metadata.MD) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,7 +122,7 @@ func (s *heldStream) add(to *metadata.MD, md metadata.MD) error {
 	return nil
 }
 
-// end makes later calls fail, of a goroutine that the handler left behind for example.
+// end makes later calls fail, for example those of a goroutine that the handler left running.
 func (s *heldStream) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

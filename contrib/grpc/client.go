@@ -37,17 +37,17 @@ import (
 // request_id, else that of [client.WithKey] or [client.WithNewKey], else a new one.
 //
 // A call without an answer returns an error that wraps a *[client.Error]: [client.ErrNotExecuted]
-// is proven, and after [client.ErrUnknown] the caller must continue with the key. Its code is that
-// of the context's error, or Unavailable: a definite one would be untrue. Any other error is the
-// server's own.
+// is proven, and after [client.ErrUnknown] the caller must continue with the key. The error's code
+// is that of the context's error, InvalidArgument if the key is invalid, and otherwise Unavailable:
+// a code that means a definite failure would be untrue. Any other error is the server's own.
 //
 // In opts Honours gets a POST request for https://target/service/method. Methods, BareKeys,
 // PreferAsync and Intents are for HTTP: the last two panic. TotalMax and the like bound a call, and
 // so does its context. The reply's size is bounded by grpc.MaxCallRecvMsgSize and not by
 // AnswerBytesMax. BodyBytesMax bounds nothing.
 //
-// Put the interceptor outside of others, and let no other retry: a retryPolicy in the service
-// config is noticed, and the attempts that it makes count as possibly executed.
+// Put the interceptor outside of others, and let no other retry. If a retryPolicy in the service
+// config retries, the interceptor notices, and counts those attempts as possibly executed.
 func NewClient(opts *client.Options) grpc.UnaryClientInterceptor {
 	var o client.Options
 	if opts != nil {
@@ -103,8 +103,8 @@ func (o *outgoing) request(ctx context.Context) *http.Request {
 // roundTripper makes one attempt of the call in a request's context.
 type roundTripper struct{}
 
-// RoundTrip implements http.RoundTripper. An answer is what the server's handler or interceptor
-// said, and an error that it is not known whether they got the call.
+// RoundTrip implements http.RoundTripper. It returns an answer if one came from the server's
+// handler or interceptor, and an error if it is not known whether they got the call.
 func (roundTripper) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx := r.Context()
 	o := ctx.Value(outgoingKey{}).(*outgoing)
@@ -127,7 +127,7 @@ func responseOf(err error, header, trailer metadata.MD) (*http.Response, error) 
 	case len(outcome) > 0 && !whole(s.Code(), trailer):
 		return nil, fmt.Errorf("the server's answer was lost or could not be read: %w", err)
 	case err != nil && len(outcome) == 0 && len(trailer) == 0:
-		return nil, err // of this process: gRPC has no other sign of it
+		return nil, err // gRPC made it in this process: no metadata came
 	}
 	response := &http.Response{StatusCode: rpc.HTTPStatus(code.Code(s.Code())), Header: http.Header{}, Body: http.NoBody}
 	for _, value := range outcome {
@@ -147,7 +147,7 @@ func responseOf(err error, header, trailer metadata.MD) (*http.Response, error) 
 	return response, nil
 }
 
-// whole reports whether the code is the one that the server sent behind its whole answer.
+// whole reports whether the server sent this code in the trailers, after its whole answer.
 func whole(c codes.Code, trailer metadata.MD) bool {
 	codes := trailer.Get(rpc.TrailerCode)
 	return len(codes) == 1 && codes[0] == strconv.Itoa(int(c))

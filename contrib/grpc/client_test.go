@@ -53,7 +53,7 @@ func (s *scripted) attempts() int {
 	return len(s.keys)
 }
 
-// says is a step: an answer with this outcome and code, or one without an outcome if that is empty.
+// says is a step: an answer with this code, and with this outcome unless it is empty.
 func says(outcome idempotency.Outcome, c codes.Code) func(ctx context.Context) (*payReply, error) {
 	return func(ctx context.Context) (*payReply, error) {
 		if outcome != "" {
@@ -269,7 +269,7 @@ func TestClientOfAServerThatMayNotHonourKeysGivesUp(t *testing.T) {
 	}
 }
 
-// A reply that came and can't be read is no definite error.
+// A reply that can't be read is no definite error.
 func TestClientThatCannotReadTheReplyDoesNotKnow(t *testing.T) {
 	t.Parallel()
 	store := mwtest.NewStore()

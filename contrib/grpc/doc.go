@@ -11,17 +11,19 @@
 // with all details, is recorded in the same commit, and a retry gets it without running the
 // handler.
 //
-//	             | metadata idempotency-status | code
-//	-------------+-----------------------------+----------------------------------------------
-//	it ran       | executed                    | the handler's
-//	it ran before| replayed                    | the same, with the same details
-//	it runs now  | in-progress                 | Aborted
-//	other message| mismatch                    | InvalidArgument
-//	nothing left | not-executed                | the handler's; Internal, Unavailable and others
-//	not known    | unknown                     | Unavailable, Unknown or DataLoss: keep the key
+//	the call              | metadata idempotency-status | code
+//	----------------------+-----------------------------+-------------------------------------
+//	was executed now      | executed                    | the handler's
+//	was executed before   | replayed                    | the same, with the same details
+//	is running            | in-progress                 | Aborted
+//	has another message   | mismatch                    | InvalidArgument
+//	left no writes        | not-executed                | the handler's; Internal, Unavailable
+//	                      |                             | and others
+//	may have been executed| unknown                     | Unavailable, Unknown, DataLoss and
+//	                      |                             | others: keep the key
 //
 // Branch on the metadata, not on the code: a handler has codes of its own. A refusal has an
-// ErrorInfo with the reason, and a RetryInfo if a retry may end otherwise.
+// ErrorInfo with the reason, and a RetryInfo if a retry may get another answer.
 //
 // # What to know
 //
@@ -30,11 +32,11 @@
 // learn of a payment before its commit.
 //
 // Interceptors that change the request or authenticate belong outside, in front of
-// [Interceptor.Unary] in the chain; those that recover from panics or make errors belong inside. An
-// interceptor inside runs once for each run of the handler.
+// [Interceptor.Unary] in the chain. Those that recover from panics or convert errors belong inside.
+// An interceptor inside runs once for each run of the handler.
 //
-// The handler's context outlives the client and its deadline: once begun, the work is finished, and
-// a retry finds it.
+// The handler's context outlives the client and its deadline: a handler that has begun is not
+// interrupted, and a retry gets its answer.
 //
 // [postgres.Tx]: https://pkg.go.dev/github.com/paidonce/idempotency/storage/postgres#Tx
 package grpcidem

@@ -35,17 +35,17 @@ type Options struct {
 	// health, reflection and channelz. Nil passes no others.
 	Pass func(fullMethod string) bool
 
-	// Optional lets calls without a key through. Their handler gets a transaction, which is
-	// committed with OK and undone with any other code; nothing is recorded. A malformed key is
-	// still refused.
+	// Optional lets calls without a key through. Their handler gets a transaction: OK commits it, and
+	// any other code undoes it (see Disposition). Nothing is recorded. A malformed key is still
+	// refused.
 	Optional bool
 
 	// RefuseStreams refuses all streams that do not pass (see Pass). By default only a stream with
-	// a key is refused, because its client expects what a stream can't have.
+	// a key is refused, because its client expects a replay, which a stream can't have.
 	RefuseStreams bool
 
 	// KeyField is the name of the message's string field that may carry the key, in place of the
-	// metadata idempotency-key. Defaults to request_id (AIP-155). "-" is none.
+	// metadata idempotency-key. Defaults to request_id (AIP-155). With "-" no field carries it.
 	KeyField string
 
 	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255. 255 is
@@ -54,14 +54,15 @@ type Options struct {
 	KeyBytesMax int
 
 	// RequestBytesMax bounds the encoded request, and ReplyBytesMax the encoded reply or error. A
-	// longer request gets InvalidArgument; a longer reply fails the handler. The server's own
-	// MaxRecvMsgSize comes before. Both default to 1 MiB.
+	// longer request gets InvalidArgument; a longer reply fails the handler. The server checks its
+	// own MaxRecvMsgSize first. Both default to 1 MiB.
 	RequestBytesMax int
 	ReplyBytesMax   int
 
-	// AuthorizeReplay is called before a reply is replayed, when no connection is held. An error
-	// refuses it with PermissionDenied, for example if the caller has lost the right to see it
-	// since. Nil allows all replays, which is right if an interceptor outside authorizes.
+	// AuthorizeReplay is called before an answer is replayed, when no connection is held. If it
+	// returns an error the call gets PermissionDenied, for example because the caller may not see
+	// the answer any more. Nil allows all replays, which is right if an interceptor outside
+	// authorizes.
 	AuthorizeReplay func(ctx context.Context, fullMethod string, record *idempotency.Record) error
 
 	// TraceID returns the id of a call's trace, to be recorded. The default takes it from the

@@ -24,10 +24,10 @@ import (
 )
 
 // ScopeFunc returns the scope of a call's key: the account, never the credential, so that a rotated
-// token still finds its own requests. fullMethod is such as "/bank.v1.Bank/Pay". An error refuses
-// the call with Unauthenticated, or with its own code, message and details if it is one of package
-// status; an empty or malformed scope is refused too. A service that also speaks HTTP returns the
-// same scope as there: then a key counts once for both.
+// token still finds its own requests. An example of fullMethod is "/bank.v1.Bank/Pay". An error
+// refuses the call with Unauthenticated, or with its own code, message and details if it is one of
+// package status; an empty or malformed scope is refused too. A service that also speaks HTTP must
+// return the same scope for both: then a key counts once for both.
 type ScopeFunc func(ctx context.Context, fullMethod string) (string, error)
 
 // Interceptor makes the methods of a server idempotent. It is safe for concurrent use.
@@ -69,8 +69,9 @@ var (
 	errMountedTwice = errors.New("interceptor is on the way of a call twice, or inside of package middleware: leave one of the two out")
 )
 
-// Unary is a [grpc.UnaryServerInterceptor]. It runs the handler at most once for each key, apart
-// from restarts of the transaction, each on a copy of the request.
+// Unary is a [grpc.UnaryServerInterceptor]. It replays the recorded answer of the call's key. If
+// there is none, and nothing refuses the call, it runs the handler: again only if the transaction
+// has to be started again, and each time on a copy of the request.
 func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	o, method := &i.options, info.FullMethod
 	if o.passes(method) {
@@ -169,7 +170,8 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	return answer.Reply, nil
 }
 
-// setOutcome sets the metadata of a reply: header, the outcome, and in the trailers the code.
+// setOutcome sets the metadata of a reply: the given header and the outcome, and in the trailers
+// the code.
 func (i *Interceptor) setOutcome(ctx context.Context, answer rpc.Result, outcome idempotency.Outcome, header metadata.MD) {
 	header = metadata.Join(header, metadata.Pairs(rpc.HeaderStatus, string(outcome)))
 	if err := grpc.SetHeader(ctx, header); err != nil && grpc.ServerTransportStreamFromContext(ctx) != nil {

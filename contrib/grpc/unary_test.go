@@ -39,7 +39,7 @@ type (
 	payFunc    = func(ctx context.Context, r *payRequest) (*payReply, error)
 )
 
-// answer is what a client got.
+// answer is an answer as the client got it.
 type answer struct {
 	id      string
 	err     *status.Status
@@ -301,7 +301,7 @@ func TestMetadataOfTheHandler(t *testing.T) {
 	}
 }
 
-// A goroutine that the handler leaves behind can't touch the reply.
+// A goroutine that the handler leaves running can't change the reply.
 func TestMetadataAfterTheHandler(t *testing.T) {
 	t.Parallel()
 	var left context.Context

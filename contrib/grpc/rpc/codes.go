@@ -10,8 +10,8 @@ import (
 
 // DefaultDisposition returns what a code means for the handler's transaction. OK is committed. An
 // error about the request itself (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition,
-// OutOfRange) is declined: the handler's writes are undone, and the error is recorded. Every other
-// code, Aborted and Canceled among them, may be another one in a moment, and is forgotten.
+// OutOfRange) is declined: the handler's writes are undone, and the error is recorded. After every
+// other code, Aborted and Canceled among them, a retry may get another one, so it is forgotten.
 func DefaultDisposition(c code.Code) idempotency.Disposition {
 	switch c {
 	case code.Code_OK:
@@ -25,8 +25,8 @@ func DefaultDisposition(c code.Code) idempotency.Disposition {
 // statusCanceled is the HTTP status of a canceled call, which has no name in package net/http.
 const statusCanceled = 499
 
-// HTTPStatus returns the HTTP status of a code, as google.rpc.Code documents it: 500 for a code
-// that is not in its list.
+// HTTPStatus returns the HTTP status that google.rpc.Code documents for a code, and 500 for an
+// unknown one.
 func HTTPStatus(c code.Code) int {
 	switch c {
 	case code.Code_OK:

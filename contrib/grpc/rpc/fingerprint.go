@@ -19,12 +19,12 @@ import (
 // method and the canonical form of its message, without the field that carries the key. It is
 // frozen: a change would turn every retry that crosses an upgrade into a mismatch.
 //
-// The bytes on the wire don't decide, because two clients, or two versions of a runtime, may encode
-// one message differently. The canonical form is the message's encoding with the fields in the
-// order of their numbers, those of a map in the order of their keys, and the fields that this
-// program does not know, with their bytes, in their places. So a message has the same fingerprint
-// in a program that knows a new field and in one that does not, unless that field is a map, or
-// contains bytes that are not in canonical form.
+// The bytes on the wire don't count, because two clients, or two versions of a runtime, may encode
+// one message differently. In the canonical form the fields are in the order of their numbers, and
+// the entries of a map in the order of their keys. Fields that this program does not know are in
+// their places too, with the bytes that came. So a message has the same fingerprint in a program
+// that knows a new field and in one that does not, unless that field is a map, or contains bytes
+// that are not in canonical form.
 func Fingerprint(method string, message proto.Message, field protoreflect.Name) idempotency.Fingerprint {
 	m := message.ProtoReflect()
 	w := backward{bytes: make([]byte, proto.Size(message)+len(method)+64)}
@@ -35,8 +35,8 @@ func Fingerprint(method string, message proto.Message, field protoreflect.Name) 
 	return idempotency.NewFingerprint(idempotency.FingerprintVersionRPC, w.written())
 }
 
-// FingerprintAt is the function of [idempotency.Request] for a call. A record of an HTTP request is
-// never one of a call.
+// FingerprintAt is the FingerprintAt of an [idempotency.Request] for a call. For the record of an
+// HTTP request it returns a fingerprint that equals no other: the key is a mismatch.
 func FingerprintAt(version int16) (idempotency.Fingerprint, bool) {
 	return idempotency.Fingerprint{Version: version}, version == idempotency.FingerprintVersionHTTP
 }
@@ -72,7 +72,7 @@ func (w *backward) tag(number protowire.Number, kind protowire.Type) {
 	w.varint(protowire.EncodeTag(number, kind))
 }
 
-// prefix writes the length of all that was written since the buffer had this size.
+// prefix writes the number of bytes that were written since the buffer had this size.
 func (w *backward) prefix(size int) { w.varint(uint64(w.size() - size)) }
 
 // message writes the canonical form of a message, without one field of its own.
@@ -158,7 +158,7 @@ func (w *backward) entries(descriptor protoreflect.FieldDescriptor, entries prot
 	}
 }
 
-// value writes one value, without its tag. A group is written as the message that it is.
+// value writes one value, without its tag. A group is written as a message.
 func (w *backward) value(descriptor protoreflect.FieldDescriptor, v protoreflect.Value) {
 	switch descriptor.Kind() {
 	case protoreflect.BoolKind:

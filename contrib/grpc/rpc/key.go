@@ -20,9 +20,9 @@ const (
 	HeaderCreatedAt = "idempotency-created-at" // of a replay: the record's times (RFC 3339)
 	HeaderExpiresAt = "idempotency-expires-at"
 
-	// TrailerCode is in the trailers of each reply, and repeats its code as a number. A caller that
-	// finds another code made that one itself, because a part of the reply was lost or could not be
-	// read: gRPC shows both alike.
+	// TrailerCode is in the trailers of each reply, and repeats its code as a number. If the caller's
+	// gRPC returns another code, it has made that one itself, because a part of the reply was lost or
+	// could not be read. Nothing else tells the two apart.
 	TrailerCode = "idempotency-code"
 )
 
@@ -33,10 +33,10 @@ const KeyFieldDefault = "request_id"
 // ErrKeyMissing means that a call came without a key.
 var ErrKeyMissing = errors.New("key is missing")
 
-// Key returns the key of a call. It is the value of the metadata [HeaderKey], bare or as a quoted
-// string (RFC 8941), or that of the message's string field with this name. The error is
-// [ErrKeyMissing] if there is neither, and wraps [idempotency.ErrKeyInvalid] if the two differ, if
-// there are several values, or if the key can't be stored. It quotes nothing.
+// Key returns the key of a call: the value of the metadata [HeaderKey], bare or as a quoted string
+// (RFC 8941), or the value of the message's string field with this name. The error is
+// [ErrKeyMissing] if there is neither. It wraps [idempotency.ErrKeyInvalid] if the two differ, if
+// there are several values of the metadata, or if the key can't be stored. It quotes no key.
 func Key(values []string, message proto.Message, field protoreflect.Name) (string, error) {
 	fromField := FieldKey(message, field)
 	if len(values) > 1 {

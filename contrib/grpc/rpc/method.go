@@ -9,8 +9,8 @@ import (
 )
 
 // NoSideEffects reports whether the method with this full name, such as "/bank.v1.Bank/Balance",
-// has the option idempotency_level = NO_SIDE_EFFECTS in its .proto file, as far as the package that
-// was generated from it is linked into this program.
+// has the option idempotency_level = NO_SIDE_EFFECTS in its .proto file. It reports false if the
+// package that was generated from that file is not linked into this program.
 func NoSideEffects(fullMethod string) bool {
 	name := strings.ReplaceAll(strings.TrimPrefix(fullMethod, "/"), "/", ".")
 	descriptor, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(name))

@@ -18,13 +18,13 @@ import (
 // Domain is the domain of the ErrorInfo of refusals.
 const Domain = "github.com/paidonce/idempotency"
 
-// ReasonStreamRefused is the reason for refusing a stream. No engine gives it.
+// ReasonStreamRefused is the reason for refusing a stream. The engine never returns it.
 const ReasonStreamRefused idempotency.Reason = "stream-refused"
 
 // Keys of the metadata in the ErrorInfo of refusals.
 const (
 	InfoOutcome  = "outcome"  // the outcome, as in [HeaderStatus]
-	InfoAccepted = "accepted" // "true" if the request will end, whatever the caller does
+	InfoAccepted = "accepted" // "true" if the server will end the request, even without a retry
 )
 
 // text is the status of a reason.
@@ -70,12 +70,12 @@ var texts = map[idempotency.Reason]text{
 		"A stream can't be retried with a key. Nothing was executed.", false},
 }
 
-// Refusal is a call that has no answer of its handler.
+// Refusal describes a call that gets no answer of its handler.
 type Refusal struct {
 	Reason     idempotency.Reason
 	Outcome    idempotency.Outcome
 	RetryAfter time.Duration // of the RetryInfo, if the reason has one
-	Accepted   bool          // the request will end, whatever the caller does
+	Accepted   bool          // the server will end the request, even without a retry
 
 	// Status replaces the code and the message if its code is not OK, and adds its details.
 	Status *status.Status
@@ -114,8 +114,8 @@ func (r Refusal) Error() *status.Status {
 	return refused
 }
 
-// Refused returns the refusal that an error says, and false if the error is not one of a refusal.
-// Status is not set.
+// Refused returns the refusal that an error describes, and false if it describes none. It does not
+// set Status.
 func Refused(s *status.Status) (r Refusal, ok bool) {
 	for _, detail := range s.GetDetails() {
 		message, err := detail.UnmarshalNew()

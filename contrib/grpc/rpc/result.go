@@ -12,8 +12,9 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// MediaType is the Content-Type of a recorded result: a google.rpc.Status, encoded. Its code is OK
-// and its only detail the reply, or it is the error with its message and all its details.
+// MediaType is the Content-Type of a recorded result. The body is an encoded google.rpc.Status. For
+// a reply its code is OK, and its only detail is the reply. For an error it is that error, with its
+// message and all its details.
 const MediaType = "application/grpc-status+proto"
 
 // Result is the result of a call: a reply or an error.
@@ -50,8 +51,8 @@ func Encode(r Result) (*idempotency.Answer, error) {
 var errNotRecorded = fmt.Errorf("%w: it is not the result of a call", idempotency.ErrRecordCorrupt)
 
 // Decode returns the result in a recorded answer. The error wraps [idempotency.ErrRecordCorrupt] if
-// [Encode] can't have made the answer. It does not if only the type of the reply is not linked into
-// this program.
+// [Encode] can't have made the answer. It does not wrap it if the reply can't be decoded, which
+// happens if its type is not linked into this program.
 func Decode(answer *idempotency.Answer) (Result, error) {
 	recorded := new(status.Status)
 	if kind := answer.Header["Content-Type"]; len(kind) != 1 || kind[0] != MediaType {

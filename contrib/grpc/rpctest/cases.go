@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/contrib/grpc/rpctest/rpctestpb"
 )
 
-// RequestBytesMax is the limit of the request in the case of that name.
+// RequestBytesMax is the limit of the request, in bytes, in the case of that name.
 const RequestBytesMax = 100
 
 var (

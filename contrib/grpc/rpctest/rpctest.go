@@ -1,6 +1,6 @@
-// Package rpctest tests that an adapter for gRPC or Connect keeps the promises of package
-// middleware: a reply, or an error with its details, is recorded exactly as the client got it, with
-// the handler's writes or without them, and the handler runs once.
+// Package rpctest is a conformance suite. It tests that an adapter for gRPC or Connect keeps the
+// promises of package middleware: a reply, or an error with its details, is recorded exactly as the
+// client got it, with the handler's writes or without them, and the handler runs once.
 //
 // Each case is a subtest on a fresh store and a fresh mount, and guards one rule. Run it with
 // -race.
@@ -43,15 +43,15 @@ type Options struct {
 	Optional        bool
 }
 
-// Mount serves the methods of a service through the adapter, until the case is over, and returns a
+// Mount serves the methods of a service through the adapter until the case ends, and returns a
 // client of it. The adapter is on s.Store, with s.Options and any constant scope. The handler of
 // each unary method is s.Handle, and that of the stream s.HandleStream.
 type Mount func(t *testing.T, s *Service) Client
 
-// Client calls a method, or opens the stream, and returns what came.
+// Client calls a method, or opens the stream, and returns the reply or error that came.
 type Client func(ctx context.Context, method string, metadata map[string]string, request *rpctestpb.PayRequest) Reply
 
-// Reply is what a client got.
+// Reply is a reply or error as the client got it.
 type Reply struct {
 	Message  *rpctestpb.PayReply // nil for an error; of a stream, the first message
 	Error    *status.Status      // nil for a reply
@@ -65,13 +65,13 @@ func (r Reply) first(name string) string {
 	return ""
 }
 
-// Error is the error of a handler. A [Mount] makes it one of its framework.
+// Error is the error of a handler. A [Mount] converts it to an error of its framework.
 type Error struct{ Status *status.Status }
 
 // Error returns the message.
 func (e *Error) Error() string { return e.Status.GetMessage() }
 
-// Service is what a [Mount] serves, fresh for each case.
+// Service is the service that a [Mount] serves. Each case has one of its own.
 type Service struct {
 	Store   *mwtest.Store
 	Options Options
@@ -87,9 +87,8 @@ type Service struct {
 	faults []string
 }
 
-// Arrived takes the context of a call as the framework has it. A [Mount] calls it outside of the
-// adapter for each call, so that the case knows when the server has noticed that the client is
-// gone.
+// Arrived gets the framework's own context of a call. A [Mount] calls it outside of the adapter for
+// each call, so that the case knows when the server has noticed that the client is gone.
 func (s *Service) Arrived(ctx context.Context, request any) {
 	if r, ok := request.(*rpctestpb.PayRequest); ok && r.GetDo() == doHold {
 		context.AfterFunc(ctx, func() { s.goneOnce.Do(func() { close(s.gone) }) })
@@ -110,7 +109,7 @@ const (
 	doLook     = "look" // replies, without a transaction
 )
 
-// spent is what the handler has set in a request that it is done with.
+// spent is the amount that the handler sets in its request, to find a request that is used again.
 const spent = -1
 
 // Handle is the handler of the unary methods. Its error is an [*Error].
@@ -195,7 +194,7 @@ func (s *Service) fault(format string, args ...any) {
 // patience bounds every wait of a case. A correct adapter never takes that long.
 const patience = 30 * time.Second
 
-// Run runs the table, each case on a mount of its own.
+// Run runs the suite, each case on a mount of its own.
 func Run(t *testing.T, mount Mount) {
 	for _, one := range cases {
 		t.Run(one.name, func(t *testing.T) {
@@ -215,7 +214,7 @@ func Run(t *testing.T, mount Mount) {
 	}
 }
 
-// checker is one case as it runs.
+// checker is a running case.
 type checker struct {
 	*testing.T
 	*Service
@@ -237,7 +236,7 @@ func (c *checker) send(method string, metadata map[string]string, request *rpcte
 	return c.call(ctx, method, metadata, request)
 }
 
-// reply demands a reply with this id and outcome.
+// reply checks that r is a reply with this id and outcome.
 func (c *checker) reply(r Reply, id string, outcome idempotency.Outcome) {
 	c.Helper()
 	if r.Error != nil || r.Message.GetId() != id || r.first(rpc.HeaderStatus) != string(outcome) {
@@ -248,7 +247,7 @@ func (c *checker) reply(r Reply, id string, outcome idempotency.Outcome) {
 	}
 }
 
-// error demands an error with this code and outcome.
+// error checks that r is an error with this code and outcome.
 func (c *checker) error(r Reply, want code.Code, outcome idempotency.Outcome) {
 	c.Helper()
 	if code.Code(r.Error.GetCode()) != want || r.first(rpc.HeaderStatus) != string(outcome) {
@@ -256,7 +255,7 @@ func (c *checker) error(r Reply, want code.Code, outcome idempotency.Outcome) {
 	}
 }
 
-// refused demands a refusal of the adapter.
+// refused checks that r is a refusal of the adapter.
 func (c *checker) refused(r Reply, want code.Code, outcome idempotency.Outcome, reason idempotency.Reason, retry bool) {
 	c.Helper()
 	c.error(r, want, outcome)
@@ -266,8 +265,8 @@ func (c *checker) refused(r Reply, want code.Code, outcome idempotency.Outcome, 
 	}
 }
 
-// state demands the numbers of runs and of committed writes, and the ends of the transactions. A
-// recorded answer must be what a client got: one of these.
+// state checks the numbers of runs and of committed writes, and the ends of the transactions. Each
+// recorded answer must be one of these that a client got.
 func (c *checker) state(runs, written int, ends []string, got ...Reply) {
 	c.Helper()
 	c.mu.Lock()
@@ -290,8 +289,8 @@ func (c *checker) state(runs, written int, ends []string, got ...Reply) {
 	}
 }
 
-// held starts a call whose handler is held until release is closed, and returns when it is. The
-// channel has its reply.
+// held starts a call, and blocks until its handler is held. The handler goes on when release is
+// closed; the reply comes from the channel.
 func (c *checker) held(ctx context.Context) <-chan Reply {
 	c.Helper()
 	replies := make(chan Reply, 1)

@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// The placeholders of a body. Each logical request, which is a request with all of its retries, has
+// The placeholders of a body. A logical request is a request with all of its retries. Each has
 // values of its own.
 const (
 	placeholderInt  = "{{int}}"  // 1, 3, 5, ..., because ids may be 1, 2, 3
@@ -20,7 +20,7 @@ const (
 // bodies makes the bodies of logical requests.
 type bodies struct {
 	template string
-	values   [][]string // that were filled in, by body
+	values   [][]string // the values that were filled in, one slice per body
 }
 
 // next returns the body of a new logical request.
@@ -37,8 +37,8 @@ func (b *bodies) varies() bool {
 
 var digits = regexp.MustCompile(`[0-9]+`)
 
-// others returns bodies that differ from the template's, which has no placeholders, in their
-// meaning and not only in their spelling. The likeliest to be valid comes first.
+// others returns other bodies for a template without placeholders. They differ in their meaning,
+// and not only in their spelling. The likeliest to be valid comes first.
 func (b *bodies) others() [][]byte {
 	var others [][]byte
 	add := func(other string) { others = append(others, []byte(other)) }

@@ -22,13 +22,13 @@ type examiner struct {
 	client  *client
 	bodies  *bodies
 	results map[string]*Result
-	stopped string // why the examination ended early; empty if it did not
+	stopped string // the reason if the examination ended early
 
 	quoted  bool // keys are sent as quoted strings
 	a, b    *logical
 	at      time.Time // of the answer to a
 	id      identity
-	latency time.Duration // of the first requests, the longest
+	latency time.Duration // the longer one of the first two requests
 
 	refusals  []*answer // of a missing key, of another body, of copies at once
 	conflicts []*answer // answers with 409 to copies at once
@@ -56,7 +56,7 @@ type oneCase struct {
 	examine func(ctx context.Context) error
 }
 
-// The names of the cases that a test must know.
+// The names of the cases that the tests need.
 const (
 	caseCopies = "copies at once"
 	caseCut    = "cut connections"
@@ -79,8 +79,8 @@ func (e *examiner) cases() []oneCase {
 	}
 }
 
-// Pass, fail and skip give a rule its verdict. A failure stays, and a skip stays unless the rule
-// fails.
+// pass, fail and skip set the verdict on a rule. A failure stays. A skip replaces a pass, and stays
+// unless the rule fails.
 
 func (e *examiner) pass(id, format string, args ...any) {
 	if e.results[id] == nil {
@@ -109,7 +109,7 @@ func lines(answers ...*answer) (all []string) {
 	return all
 }
 
-// headers returns the header lines of a request without a key.
+// fields returns the header lines of a request of the caller, without a key and a Content-Type.
 func (e *examiner) fields(caller []Field) []Field {
 	fields := slices.Clone(caller)
 	for _, f := range []Field{{"User-Agent", "idemctl-probe"}, {"Accept", "*/*"}} {
@@ -144,7 +144,7 @@ func (e *examiner) request(caller []Field, body []byte, keys ...string) *request
 	return &request{method: e.Method, url: e.URL, fields: fields, body: body}
 }
 
-// spelled returns a key as it is sent.
+// spelled returns a key as it is sent: bare or quoted.
 func (e *examiner) spelled(key string) string {
 	if e.quoted {
 		return `"` + key + `"`
@@ -170,7 +170,7 @@ func (e *examiner) retry(ctx context.Context, l *logical) (*answer, error) {
 	return e.client.send(ctx, l.request)
 }
 
-// settled retries until the answer is one that stays, or Patience is over.
+// settled retries until an answer is not busy, or Patience has elapsed. It returns the last answer.
 func (e *examiner) settled(ctx context.Context, l *logical) (*answer, error) {
 	pause := 50 * time.Millisecond
 	for deadline := time.Now().Add(e.Patience); ; pause = min(2*pause, time.Second) {
@@ -184,11 +184,11 @@ func (e *examiner) settled(ctx context.Context, l *logical) (*answer, error) {
 	}
 }
 
-// stop says why the rest of the rules is not judged.
+// stop keeps the reason why the remaining rules are not judged.
 func (e *examiner) stop(err error) { e.stopped = err.Error() }
 
-// isReplay reports that a and the first answer are of one effect: by their ids, or else by their
-// bytes.
+// isReplay reports whether a and the first answer tell of the same effect. It compares their ids,
+// or if they have none, their status, bytes and Location.
 func (e *examiner) isReplay(a, first *answer) bool {
 	if same, known := e.id.same(a, first); known {
 		return same
@@ -198,8 +198,9 @@ func (e *examiner) isReplay(a, first *answer) bool {
 
 const noIDs = "effects can't be seen: the answers to two requests have no ids that differ; set --effects-url"
 
-// judgeEffects gives a rule about the number of effects its verdict: by the effects URL, or else by
-// the ids in the successful answers. It reports whether the number is want.
+// judgeEffects fails a rule if the number of effects is not want, and skips it if the number can't
+// be known. It counts at the effects URL, or else by the ids in the successful answers. It reports
+// false if the rule failed.
 func (e *examiner) judgeEffects(ctx context.Context, id string, c *counter, want int64, answers []*answer, what string, requests []string) (bool, error) {
 	successes := slices.DeleteFunc(slices.Clone(answers), func(a *answer) bool { return !a.ok() })
 	if c.known() {
@@ -209,7 +210,7 @@ func (e *examiner) judgeEffects(ctx context.Context, id string, c *counter, want
 		}
 		if n != want {
 			if n < want {
-				e.EffectsWait = e.Settle // no other one is waited for as long
+				e.EffectsWait = e.Settle // don't wait as long again
 			}
 			e.fail(id, requests, "%s: %s at the effects URL, want %d", what, plural(n, "effect"), want)
 			return false, nil
@@ -234,7 +235,7 @@ func plural(n int64, one string) string {
 	return fmt.Sprintf("%d %ss", n, one)
 }
 
-// by says how effects were counted.
+// by returns how effects were counted, for a detail.
 func (e *examiner) by() string {
 	if e.EffectsURL != nil {
 		return "by the effects URL"
@@ -242,7 +243,7 @@ func (e *examiner) by() string {
 	return "by the ids in the answers (" + strings.Join(e.id, ", ") + ")"
 }
 
-// byOr also says what ids can't show.
+// byOr is by, with a note that ids don't show unseen effects.
 func (e *examiner) byOr(unseen string) string {
 	if e.EffectsURL != nil {
 		return e.by()
@@ -250,7 +251,7 @@ func (e *examiner) byOr(unseen string) string {
 	return e.by() + "; " + unseen + " that no answer tells of is only seen with --effects-url"
 }
 
-// slow is the latency from which a case has fewer rounds, so that the time suffices.
+// slow is the latency above which a case has fewer rounds, to stay within the time.
 const slow = 500 * time.Millisecond
 
 // rounds returns the number of rounds of a case: fewer if the API is slow.
@@ -262,8 +263,8 @@ func (e *examiner) rounds(n int) int {
 	return n
 }
 
-// examineFirst sends two requests, finds the spelling of keys that the API takes, and learns how
-// effects are seen.
+// examineFirst sends two requests. It finds the spelling of keys that the API accepts, and the ids
+// by which effects can be told apart.
 func (e *examiner) examineFirst(ctx context.Context) error {
 	c, err := e.count(ctx)
 	if err != nil {
@@ -311,7 +312,7 @@ func (e *examiner) examineFirst(ctx context.Context) error {
 	return nil
 }
 
-// examineRetries retries the first request, a moment after the second one.
+// examineRetries retries the first request twice, a moment after the second one was answered.
 func (e *examiner) examineRetries(ctx context.Context) error {
 	if err := sleep(ctx, e.Settle); err != nil {
 		return err
@@ -345,7 +346,7 @@ func (e *examiner) examineRetries(ctx context.Context) error {
 	return nil
 }
 
-// examineAtOnce retries requests as soon as their answers were received in full.
+// examineAtOnce retries requests as soon as their answers are received in full.
 func (e *examiner) examineAtOnce(ctx context.Context) error {
 	rounds := e.rounds(atOnceRounds)
 	for range rounds {
@@ -396,8 +397,8 @@ func (e *examiner) notReplayed() string {
 	return ""
 }
 
-// more returns the number of effects that judgeEffects wants if the effects URL is to show n, and
-// the answers contain one that was counted before.
+// more returns the number of effects that judgeEffects has to find if a case must add n, and one of
+// its answers tells of an earlier effect: the effects URL shows n, and the ids show n+1.
 func (e *examiner) more(n int64) int64 {
 	if e.EffectsURL == nil {
 		return n + 1
@@ -432,7 +433,7 @@ func (e *examiner) judgeReplay(first, again *answer) {
 	}
 }
 
-// difference shows where two bodies differ.
+// difference describes the first difference between two bodies.
 func difference(first, again string) string {
 	at := 0
 	for at < min(len(first), len(again)) && first[at] == again[at] {
@@ -519,8 +520,9 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 	return nil
 }
 
-// otherBody returns a body that the API accepts and that differs from that of a, or nil. A body with
-// placeholders is accepted with other values. Another one is tried under a key of its own.
+// otherBody returns a body that the API accepts and that differs from the first one, or nil. A
+// template with placeholders gets other values. Without placeholders it tries other bodies, each
+// under a key of its own.
 func (e *examiner) otherBody(ctx context.Context) ([]byte, error) {
 	if e.bodies.varies() {
 		return e.bodies.next(), nil
@@ -537,7 +539,7 @@ func (e *examiner) otherBody(ctx context.Context) ([]byte, error) {
 	return nil, nil
 }
 
-// examineKeys sends requests with values of Idempotency-Key that are no keys.
+// examineKeys sends requests with a missing or malformed key, and one with the longest key.
 func (e *examiner) examineKeys(ctx context.Context) error {
 	long := strings.Repeat("k", keyLengthMax+1)
 	for _, one := range []struct {
@@ -607,10 +609,11 @@ func (e *examiner) examineKeys(ctx context.Context) error {
 	return nil
 }
 
-// declined is the detail of a rule that needs a request that succeeds.
+// declined is the detail of a rule that needs a successful request, if there was none.
 const declined = "a request with a new key was answered with %v"
 
-// declines returns the answer to a request with a new key, if that is declined by now, or nil.
+// declines sends a request with a new key. It returns the answer if the API does not accept it any
+// more, and nil if it does.
 func (e *examiner) declines(ctx context.Context) (*answer, error) {
 	l := e.new()
 	if err := e.first(ctx, l); err != nil || l.answer.ok() {
@@ -633,8 +636,8 @@ func (e *examiner) examineCase(ctx context.Context) error {
 	return e.judgeOwn(ctx, ruleCase, capitals, l.answer, e.EffectsURL != nil, "a new request under the capitals of a used key")
 }
 
-// judgeOwn sends a request that must be executed, although it resembles an answered one. counted
-// reports whether its effect is seen at the effects URL. If not its answer shows it.
+// judgeOwn sends a request that must be executed, although it resembles an answered one. If counted
+// is true the effects URL shows its effect, otherwise its answer does.
 func (e *examiner) judgeOwn(ctx context.Context, id string, l *logical, first *answer, counted bool, what string) error {
 	c, err := e.count(ctx)
 	if err != nil {
@@ -711,8 +714,9 @@ func (e *examiner) examineScope(ctx context.Context) error {
 		e.skip(ruleScoped, "a request of the second caller under a key of its own got %v", own.answer)
 		return nil
 	}
-	// The API declines the second caller's requests. That tells something if declines are recorded,
-	// so that the key is looked up first: then another body under its key is refused otherwise.
+	// The API declines the second caller's requests. The rule can still be judged if declines are
+	// recorded, because the key is then looked up first. It is if another body under this key gets
+	// another refusal.
 	other, err := e.otherBody(ctx)
 	if err != nil {
 		return err
@@ -739,7 +743,7 @@ func (e *examiner) examineScope(ctx context.Context) error {
 	return nil
 }
 
-// examineQuoting sends a request under the other spelling of a used key.
+// examineQuoting sends the first request again, under the other spelling of its key.
 func (e *examiner) examineQuoting(ctx context.Context) error {
 	if e.level(ruleQuoting) == levelNone || e.results[ruleQuoting] != nil {
 		return nil
@@ -825,8 +829,8 @@ func countsText(counts map[string]int) string {
 	return strings.Join(parts, ", ")
 }
 
-// examineCuts sends requests whole, and closes their connections at different times before the
-// answer is read.
+// examineCuts sends whole requests, closes their connections at different times without reading an
+// answer, and retries them.
 func (e *examiner) examineCuts(ctx context.Context) error {
 	rounds := e.rounds(cutRounds)
 	for i := range rounds {
@@ -914,8 +918,7 @@ func (e *examiner) examineLater(ctx context.Context) error {
 	return nil
 }
 
-// examineDocuments judges the headers and the documents of answers that came before. It sends one
-// request at most.
+// examineDocuments judges the headers and the documents of earlier answers, and of one more replay.
 func (e *examiner) examineDocuments(ctx context.Context) error {
 	e.pass(ruleNo409, "no retry got 409 after an answer was received in full")
 	again, err := e.retry(ctx, e.a)

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// client sends requests on connections of their own, over HTTP/1.1. It writes the bytes itself:
+// client sends each request on a connection of its own, over HTTP/1.1. It writes the bytes itself:
 // package net/http would repeat a request with a key when a connection breaks, and can't hold back
 // the end of a request.
 type client struct {
@@ -26,7 +26,7 @@ type client struct {
 
 	mu   sync.Mutex
 	next time.Time // of the next request
-	left int       // requests that may still be sent
+	left int       // number of requests that may still be sent
 }
 
 // request is a request, as it goes out.
@@ -34,12 +34,12 @@ type request struct {
 	method string
 	url    *url.URL
 	fields []Field // all header lines but Content-Length, Connection and usually Host
-	second []Field // those of the fields that are the second caller's
+	second []Field // the fields that are the second caller's
 	body   []byte
 }
 
-// answer is the answer to a request, received in full. If there is none err says why, and status is
-// 0.
+// answer is the answer to a request, received in full. If there is none, err is the reason and
+// status is 0.
 type answer struct {
 	status int
 	header http.Header
@@ -53,7 +53,7 @@ func (a *answer) ok() bool { return a.status >= 200 && a.status <= 299 }
 
 func (a *answer) refused() bool { return a.status >= 400 && a.status <= 499 }
 
-// busy reports that the same request may be answered otherwise later.
+// busy reports whether a later retry may get another answer.
 func (a *answer) busy() bool {
 	switch a.status {
 	case 0, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests:
@@ -69,8 +69,8 @@ func (a *answer) String() string {
 	return fmt.Sprint(a.status)
 }
 
-// sameAs returns the part of the answer that differs from a first one: "status", "body",
-// "Location", or "".
+// sameAs returns the name of the part that differs from the first answer: "status", "body" or
+// "Location". It returns "" if they are the same.
 func (a *answer) sameAs(first *answer) string {
 	switch {
 	case a.status != first.status:
@@ -86,7 +86,7 @@ func (a *answer) sameAs(first *answer) string {
 // errUnreachable ends the examination: there is no connection to the host.
 var errUnreachable = errors.New("the host can't be reached")
 
-// errRequests ends the examination.
+// errRequests ends the examination: RequestsMax is reached.
 var errRequests = errors.New("the number of requests is used up")
 
 // pace blocks until n requests may be sent together.
@@ -107,7 +107,7 @@ func (c *client) pace(ctx context.Context, n int) error {
 	return sleep(ctx, at.Sub(now))
 }
 
-// sleep blocks for a time, or until ctx ends. Then it returns the error of ctx.
+// sleep blocks for a time. If ctx ends first, it returns the cause.
 func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -119,7 +119,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// exchange is a request without the end of its header, which keeps it from its handler.
+// exchange is one request on its connection. [exchange.hold] sends it without the end of its
+// header, so that no handler runs until the rest is sent.
 type exchange struct {
 	conn    net.Conn
 	request *request
@@ -127,7 +128,7 @@ type exchange struct {
 	stop    func() bool
 }
 
-// open connects, and sends a request up to the end of its header. An error ends the examination.
+// open connects for a request. It sends nothing of it. An error ends the examination.
 func (c *client) open(ctx context.Context, r *request) (*exchange, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -155,7 +156,7 @@ func (c *client) open(ctx context.Context, r *request) (*exchange, error) {
 	return &exchange{conn: conn, request: r}, nil
 }
 
-// errNotLoopback is why another host is not connected to.
+// errNotLoopback refuses a connection to another host.
 var errNotLoopback = errors.New("the host is not this machine")
 
 // hold sends the request up to the end of its header.
@@ -230,7 +231,7 @@ func (x *exchange) receive() (*answer, error) {
 	}
 }
 
-// plain returns the error without addresses and the names of operations.
+// plain returns common errors without addresses and names of operations.
 func plain(err error) error {
 	var timeout net.Error
 	switch {
@@ -306,7 +307,7 @@ func (c *client) sendTogether(ctx context.Context, r *request, n int) ([]*answer
 	return answers, nil
 }
 
-// sendTwice sends a request, and the same again as soon as the answer was received in full.
+// sendTwice sends a request, and sends it again as soon as the answer was received in full.
 func (c *client) sendTwice(ctx context.Context, r *request) (first, second *answer, err error) {
 	if err := c.pace(ctx, 2); err != nil {
 		return nil, nil, err
@@ -323,7 +324,7 @@ func (c *client) sendTwice(ctx context.Context, r *request) (first, second *answ
 	return first, second, nil
 }
 
-// cut sends a request whole, and closes the connection after a time without reading an answer.
+// cut sends a whole request, and closes the connection after a time without reading an answer.
 func (c *client) cut(ctx context.Context, r *request, after time.Duration) error {
 	if err := c.pace(ctx, 1); err != nil {
 		return err
@@ -343,7 +344,7 @@ func (c *client) cut(ctx context.Context, r *request, after time.Duration) error
 	return sleep(ctx, after)
 }
 
-// loopback reports whether a host is this machine.
+// loopback reports whether all addresses of a host are this machine's.
 func loopback(ctx context.Context, host string) bool {
 	addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil || len(addresses) == 0 {
@@ -357,7 +358,8 @@ func loopback(ctx context.Context, host string) bool {
 	return true
 }
 
-// Foreign returns the host of a URL that is not this machine, or "".
+// Foreign returns the host of the first URL that is not on this machine, or "". A host without an
+// address counts as another machine.
 func (c *Config) Foreign(ctx context.Context) string {
 	for _, u := range []*url.URL{c.URL, c.EffectsURL} {
 		if u != nil && !loopback(ctx, u.Hostname()) {

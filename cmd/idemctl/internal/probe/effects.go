@@ -65,8 +65,8 @@ func numberAt(document []byte, pointer string) (int64, error) {
 	return 0, errors.New("there is neither an integer nor an array at --effects-path")
 }
 
-// counter counts the effects of one case. If there is no effects URL it counts none, and known
-// reports false.
+// counter counts the effects of one case. If there is no effects URL, it can't: known reports
+// false, and added returns the wanted number.
 type counter struct {
 	e      *examiner
 	before int64
@@ -85,8 +85,8 @@ func (e *examiner) count(ctx context.Context) (*counter, error) {
 
 func (c *counter) known() bool { return c.e.EffectsURL != nil }
 
-// added returns the number of effects since the count began. It waits for late ones if there are
-// fewer than want, and looks again for one too many.
+// added returns the number of effects since the count began. If there are fewer than want, it waits
+// for late ones. If there are as many, it counts once more, to find one too many.
 func (c *counter) added(ctx context.Context, want int64) (int64, error) {
 	if !c.known() {
 		return want, nil
@@ -146,11 +146,12 @@ func (a *answer) leaves() []leaf {
 	return all
 }
 
-// identity is the set of values that identify an effect in answers: those at these paths.
+// identity has the paths of the values that identify an effect in an answer.
 type identity []string
 
-// identityOf finds them in the answers to two logical requests: they differ, and are not what was
-// filled in for the placeholders of both bodies. If some are named as ids are, only those count.
+// identityOf finds these paths by the answers to two logical requests. The values there differ, and
+// do not echo the values that were filled in for placeholders. If some are a Location or have the
+// name id or uuid, only those count.
 func identityOf(a, b *answer, filledIn [][]string) identity {
 	second := map[string]string{}
 	for _, l := range b.leaves() {
@@ -184,7 +185,7 @@ func echoes(value string, filledIn []string) bool {
 	})
 }
 
-// same reports whether two answers are of one effect, and whether that can be known.
+// same reports whether two answers tell of the same effect, and whether that is known.
 func (id identity) same(a, b *answer) (same, known bool) {
 	values := map[string]string{}
 	for _, l := range a.leaves() {
@@ -200,7 +201,7 @@ func (id identity) same(a, b *answer) (same, known bool) {
 	return same && known, known
 }
 
-// distinct returns the number of effects that answers tell of, and whether that can be known.
+// distinct returns the number of effects that the answers tell of, and whether it is known.
 func (id identity) distinct(answers []*answer) (n int, known bool) {
 	var firsts []*answer
 	for _, a := range answers {

@@ -1,7 +1,7 @@
 // Package probe examines an HTTP API that claims to honour Idempotency-Key, from outside: it sends
 // requests and judges the answers by the rules of a profile.
 //
-//   - [Run] is an examination from the first request to the report
+//   - [Run] makes an examination, from the first request to the report
 //   - rules.go has the rules, with their levels and sources
 //   - cases.go has the cases that judge them, one function each
 //   - client.go sends requests byte by byte, so that two can be held back and released at once, and
@@ -43,8 +43,8 @@ const (
 	cutDelayMax    = 2 * time.Second
 )
 
-// Config says what to examine. URL and Method are required. The pauses default to those that the
-// command has, and are shorter in tests.
+// Config is the API to examine, and the profile to judge it by. URL, Method and Profile are
+// required. Tests set shorter pauses than the defaults.
 type Config struct {
 	URL     *url.URL
 	Method  string
@@ -52,13 +52,13 @@ type Config struct {
 	Header  []Field // of every request of the caller
 	Body    string  // with placeholders: see newBodies
 
-	// SecondHeader replaces the caller's headers of the same names in the requests of a second
-	// caller. Without it the rule key-scoped can't be judged.
+	// SecondHeader replaces the headers of the same names in the requests of a second caller.
+	// Without it the rule key-scoped can't be judged.
 	SecondHeader []Field
 
 	// EffectsURL is read with GET and the caller's headers. The JSON pointer EffectsPath
 	// (RFC 6901) leads to the number of effects, or to an array with one element for each. If
-	// EffectsURL is nil the ids in answers are compared.
+	// EffectsURL is nil, the ids in answers are compared.
 	EffectsURL  *url.URL
 	EffectsPath string
 
@@ -68,12 +68,12 @@ type Config struct {
 	// Progress is called with the name of each case before it begins. Nil is allowed.
 	Progress func(name string)
 
-	// Keep is the least age of an answer at its last replay. Defaults to 10 seconds.
+	// Keep is the minimum age of an answer at its last retry. Defaults to 10 seconds.
 	Keep time.Duration
-	// Patience is the longest wait for an answer other than 409, 425, 429 and 5xx. Defaults to 12
-	// seconds.
+	// Patience is the maximum time for retries until an answer comes that is not 409, 425, 429 or
+	// 5xx. Defaults to 12 seconds.
 	Patience time.Duration
-	// EffectsWait is the longest wait for an effect that is late. Defaults to 5 seconds.
+	// EffectsWait is the maximum wait for an effect that is late. Defaults to 5 seconds.
 	EffectsWait time.Duration
 	// Settle is the pause before effects are counted again, to find one too many. Defaults to 200
 	// milliseconds.
@@ -92,7 +92,8 @@ type Field struct{ Name, Value string }
 // reserved are the headers that the examination sets itself.
 var reserved = []string{"Idempotency-Key", "Content-Length", "Transfer-Encoding", "Connection", "Expect", "Upgrade"}
 
-// Validate returns an error if the configuration can't be used. Its text quotes no value.
+// Validate returns an error if the configuration can't be used. The error's text quotes no URL,
+// path, body or header value.
 func (c *Config) Validate() error {
 	for _, u := range []*url.URL{c.URL, c.EffectsURL} {
 		switch {
@@ -134,8 +135,8 @@ func token(text string) bool {
 	})
 }
 
-// Run examines the API and returns the report. If ctx ends, or a limit is reached, the rest of the
-// rules is not judged. The error is that of [Config.Validate].
+// Run examines the API and returns the report. If ctx ends or a limit is reached, the remaining
+// rules are not judged. The error is that of [Config.Validate].
 func Run(ctx context.Context, config Config) (*Report, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err

@@ -162,7 +162,7 @@ func TestDocsHaveTheRules(t *testing.T) {
 	}
 }
 
-// An answer over the limit counts as none.
+// An answer over the limit counts as no answer.
 func TestAnswerBytesMax(t *testing.T) {
 	t.Parallel()
 	for size, fits := range map[int]bool{answerBytesMax: true, answerBytesMax + 1: false} {

@@ -43,15 +43,15 @@ type Result struct {
 	Requests []string `json:"requests,omitempty"`
 }
 
-// Report is the result of an examination. No text in it contains a header of the configuration,
-// other than those of publicHeaders: they are replaced by the names of shell variables. The names in
-// its JSON are stable.
+// Report is the result of an examination. Its texts have the names of shell variables in place of
+// the values of the configured headers, except for those in publicHeaders. The names in its JSON
+// are stable.
 type Report struct {
 	Verdict string   `json:"verdict"`
 	Profile Profile  `json:"profile"`
 	URL     string   `json:"url"`
 	Rules   []Result `json:"rules"`
-	// Stopped is why the examination ended early. It is empty if it did not.
+	// Stopped is the reason if the examination ended early, and empty otherwise.
 	Stopped string `json:"stopped,omitempty"`
 }
 
@@ -118,11 +118,11 @@ func variable(name string, second bool) string {
 	}, strings.ToUpper(name))
 }
 
-// maskedBytesMin is the length from which a secret is replaced wherever it occurs in a text, such as
-// an answer that quotes it.
+// maskedBytesMin is the minimum length of a secret that is replaced wherever it occurs in a text,
+// for example in an answer that quotes it.
 const maskedBytesMin = 4
 
-// masker replaces the values of the callers' headers in texts, also without their scheme, such as
+// masker replaces the values of the callers' headers in texts, with and without a scheme such as
 // Bearer. Curl lines have variables already.
 func (e *examiner) masker() *strings.Replacer {
 	names := map[string]string{} // by secret
@@ -146,7 +146,7 @@ func (e *examiner) masker() *strings.Replacer {
 // curl returns the request as a line for a shell.
 func (r *request) curl() string { return r.curlWith("") }
 
-// curlCut returns the request as a line that closes the connection after a time.
+// curlCut returns the request as a curl line that closes the connection after a time.
 func (r *request) curlCut(after time.Duration) string {
 	return r.curlWith(fmt.Sprintf(" --max-time %.3f", max(after, time.Millisecond).Seconds())) + "  # cut off without reading an answer"
 }

@@ -13,10 +13,10 @@ const (
 // Profiles are all profiles.
 var Profiles = []Profile{ProfileIETF, ProfileStripe, ProfilePaidonce}
 
-// Level is the weight of a rule in a profile.
+// Level is the weight of a rule in a profile. Only a binding rule affects the verdict on the API.
 type Level string
 
-// The levels. A rule of no level is not part of the profile.
+// The levels. A rule with levelNone is not part of the profile.
 const (
 	LevelBinding  Level = "binding"
 	LevelAdvisory Level = "advisory"
@@ -60,7 +60,7 @@ const (
 	ruleOutcome     = "outcome-header"
 )
 
-// rule is one rule, with its level in each profile and what it rests on.
+// rule is one rule, with its level in each profile and its source.
 type rule struct {
 	id                     string
 	ietf, stripe, paidonce Level

@@ -14,7 +14,7 @@ import (
 // waitMax limits every wait. It is long because the machine may be loaded.
 const waitMax = 30 * time.Second
 
-// fault is what is wrong with a server.
+// fault is the fault of a server.
 type fault string
 
 const (
@@ -83,7 +83,7 @@ type record struct {
 
 func newServer(f fault) *server { return &server{fault: f, records: map[string]*record{}} }
 
-// progress is told the steps of the examination.
+// progress follows the steps of the examination.
 func (s *server) progress(step string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
