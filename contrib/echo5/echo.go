@@ -23,11 +23,11 @@ import (
 // Middleware returns idem for Echo. Mount it once, on routes or groups. It is safe for concurrent
 // use. Methods that [middleware.Middleware.Handler] does not touch are not touched here either.
 //
-// The handler may run more than once, and only one run counts; values that a run set by c.Set remain
-// for the next. Its c.Request().Context() carries the transaction and outlives the client. An error
-// that it returns goes to Echo's HTTPErrorHandler, whose answer is recorded as the handler's own is:
-// middleware outside sees no error, but the status. An error that it answers with nothing is a 500.
-// Flush panics and Hijack fails, because nothing reaches the client before COMMIT.
+// The handler may run more than once, and only one run counts; values that a run set by c.Set
+// remain for the next. Its c.Request().Context() carries the transaction and outlives the client.
+// An error that it returns goes to Echo's HTTPErrorHandler, and the answer of that is recorded, or
+// a 500 if it writes none: middleware outside sees the status, and no error. Flush panics and
+// Hijack fails, because nothing reaches the client before COMMIT.
 //
 // It panics if idem is for a resumable route: a run without a client has no echo.Context. Mount such
 // a middleware around the whole app.
@@ -61,7 +61,7 @@ func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
 type request struct {
 	c         *echo.Context
 	next      echo.HandlerFunc
-	untouched bool  // its method is not the middleware's
+	untouched bool  // the middleware does not touch its method
 	err       error // of the handler, if it is untouched
 }
 
@@ -89,7 +89,7 @@ func run(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// routed is the state of Echo's router, which runs leave as it was.
+// routed is the state of Echo's router. A run does not change it.
 type routed struct{}
 
 // Restore implements middleware.RouterState.

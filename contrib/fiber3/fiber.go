@@ -37,11 +37,13 @@ import (
 // The handlers after it may run more than once, each time on the request, the response and the
 // fiber.Ctx as they were, and only one run counts. c.Context() carries the transaction and outlives
 // the client; c itself does not carry it. An error that a handler returns goes to the app's
-// ErrorHandler, whose answer is recorded as the handler's own is: middleware outside sees no error,
-// but the status. An answer of 200 without a body counts as none (see
-// [middleware.Options].EmptyOK), and to an error it is a 500. A streamed answer and a taken-over
-// conn are refused with 500, because nothing may reach the client before COMMIT; c.End and c.Drop,
-// which use the conn themselves, must not be called.
+// ErrorHandler, and the answer of that is recorded: middleware outside sees the status, and no
+// error. An answer of 200 without a body counts as none (see [middleware.Options].EmptyOK). If the
+// ErrorHandler gives one, the request is a 500.
+//
+// A handler that streams its answer or takes the conn over gets a 500, because nothing may reach
+// the client before COMMIT. It must not call c.End, c.Drop and c.SendEarlyHints, which use the conn
+// themselves.
 //
 // It panics if idem is for a resumable route: a run without a client has no fiber.Ctx.
 func Middleware(idem *middleware.Middleware) fiber.Handler {
@@ -74,7 +76,7 @@ func Middleware(idem *middleware.Middleware) fiber.Handler {
 type request struct {
 	c         fiber.Ctx
 	state     *state
-	untouched bool  // its method is not the middleware's
+	untouched bool  // the middleware does not touch its method
 	err       error // of the handlers, if it is untouched
 }
 
@@ -82,8 +84,8 @@ type requestKey struct{}
 
 func requestOf(ctx context.Context) *request { return ctx.Value(requestKey{}).(*request) }
 
-// convert returns the request for net/http. It shares no memory with c: fasthttp uses its buffers
-// again, and the store keeps keys.
+// convert returns the request for net/http. It shares no memory with c, because fasthttp reuses its
+// buffers and the store keeps keys.
 func convert(ctx context.Context, c fiber.Ctx) *http.Request {
 	in := c.Request()
 	target := string(in.Header.RequestURI())
@@ -206,7 +208,7 @@ func addHeaders(to http.Header, from interface {
 	to.Del("Content-Length")
 }
 
-// state is what handlers may change, before the first run.
+// state is a copy of all that handlers may change, from before the first run.
 type state struct {
 	c        fiber.Ctx
 	saved    reflect.Value // all fields: the position in the chain is not exported
@@ -249,7 +251,7 @@ func (s *state) restoreResponse() {
 // Stored implements middleware.RouterState. The routes are not resumable.
 func (*state) Stored() []byte { return nil }
 
-// writer is the answer for the client.
+// writer holds the answer for the client until the middleware has returned.
 type writer struct {
 	header http.Header
 	status int

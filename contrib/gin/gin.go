@@ -25,9 +25,9 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// Middleware returns idem for gin. Mount it once, on routes or groups, and outside of what renders
-// c.Errors. It is safe for concurrent use. Methods that [middleware.Middleware.Handler] does not
-// touch are not touched here either.
+// Middleware returns idem for gin. Mount it once, on routes or groups, and outside of middleware
+// that renders c.Errors. It is safe for concurrent use. Methods that
+// [middleware.Middleware.Handler] does not touch are not touched here either.
 //
 // The handlers after it may run more than once, each time on the gin.Context as it was, and only one
 // run counts. c.Request.Context() carries the transaction and outlives the client. An error in
@@ -70,15 +70,15 @@ func Middleware(idem *middleware.Middleware) gin.HandlerFunc {
 // request is one request on its way through the middleware.
 type request struct {
 	c         *gin.Context
-	untouched bool // its method is not the middleware's
+	untouched bool // the middleware does not touch its method
 }
 
 type requestKey struct{}
 
 func requestOf(ctx context.Context) *request { return ctx.Value(requestKey{}).(*request) }
 
-// outside is gin's own writer, without its further methods: by those the middleware refuses gin's
-// writer if it is mounted without this package.
+// outside wraps gin's own writer and hides its other methods. By those the middleware recognizes
+// gin's writer, which it refuses without this package.
 type outside struct{ http.ResponseWriter }
 
 // run runs the handlers after the middleware.
@@ -117,8 +117,8 @@ func redirect(c *gin.Context, w http.ResponseWriter) (restore func()) {
 // ownWriter is the name of the field in a gin.Context that is gin's own writer.
 const ownWriter = "writermem"
 
-// state is a gin.Context before the first run. The position in the chain is not exported, so it
-// takes all fields.
+// state is a copy of a gin.Context from before the first run. It has all fields, because the
+// position in the chain is not exported.
 type state struct {
 	c     *gin.Context
 	saved reflect.Value
@@ -142,7 +142,7 @@ func (s *state) Restore(ctx context.Context) context.Context {
 // Stored implements middleware.RouterState. The routes are not resumable.
 func (*state) Stored() []byte { return nil }
 
-// recorder is gin's writer on the recorder of the middleware.
+// recorder is a gin.ResponseWriter that writes to the middleware's recorder.
 type recorder struct {
 	http.ResponseWriter
 	status   int
@@ -159,7 +159,7 @@ func (*recorder) Flush()                   {}
 func (*recorder) CloseNotify() <-chan bool { return nil } // the handler outlives the client
 func (*recorder) Pusher() http.Pusher      { return nil }
 
-// WriteHeader sets the status. As in gin it is written later, and until then may change.
+// WriteHeader sets the status. As in gin the status is written later, and may change until then.
 func (w *recorder) WriteHeader(status int) {
 	if status > 0 && !w.Written() {
 		w.status, w.answered = status, true

@@ -18,7 +18,7 @@ var noErrors = mwtest.Features{NoReturnedErrors: true}
 // typed are the features of frameworks that make the answer from a value that the handler returns.
 var typed = mwtest.Features{NoStream: true, NoHijack: true}
 
-// payments serves a handler, which has a route POST /payments/{account}, at the suite's route.
+// payments serves a handler with a route POST /payments/{account} at the suite's route.
 func payments(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r = r.WithContext(r.Context())

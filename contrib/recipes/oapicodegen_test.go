@@ -45,7 +45,7 @@ func TestOAPICodegen(t *testing.T) {
 	})
 }
 
-// A StrictMiddlewareFunc runs when the body is decoded already: every request is refused.
+// A StrictMiddlewareFunc runs after the body was decoded: every request is refused.
 func TestOAPICodegenAsStrictMiddleware(t *testing.T) {
 	t.Parallel()
 	s := mwtest.New(t, nil)

@@ -19,10 +19,10 @@ import (
 // connector makes connections that exist only in this process.
 type connector struct {
 	store   *postgres.Store
-	outside driver.Connector // to the pool; nil if there is nothing outside of handlers
+	outside driver.Connector // to the pool; nil if calls outside of handlers are refused
 
 	executed texts // ran before
-	queried  texts // ran before, and decode knows their columns in the formats that pgx chooses
+	queried  texts // ran before, and decode gets the same values in the formats that pgx chooses
 }
 
 func (c *connector) Connect(context.Context) (driver.Conn, error) { return &conn{connector: c}, nil }
@@ -36,11 +36,11 @@ func (namelessDriver) Open(string) (driver.Conn, error) {
 	return nil, errors.New("idempotency/sqldb: a connection has no address: use sqldb.Open")
 }
 
-// textsMax is the maximum number of SQL texts that are remembered; then all are forgotten.
+// textsMax is the maximum size of texts, which is emptied before it would get larger.
 const textsMax = 1024
 
-// texts remembers SQL texts that may travel together with SAVEPOINT: see [sealed.Tx.Run]. It is safe
-// for concurrent use.
+// texts is a set of SQL texts that may travel together with SAVEPOINT: see [sealed.Tx.Run]. It is
+// safe for concurrent use.
 type texts struct {
 	mu    sync.RWMutex
 	known map[string]struct{}
@@ -62,8 +62,9 @@ func (t *texts) add(text string) {
 	t.known[text] = struct{}{}
 }
 
-// conn is a connection of database/sql. Each call chooses its transaction by its context, so conn
-// has no state but a sql.Tx that is open, and a connection of the pool.
+// conn is a connection of database/sql. Each call finds its transaction by its context. So conn
+// only keeps the open sql.Tx, and the connection of the pool that a call outside of handlers has
+// taken.
 type conn struct {
 	connector *connector
 	tx        *sealed.Tx   // of the open sql.Tx
@@ -83,7 +84,7 @@ var (
 	_ driver.Validator          = (*conn)(nil)
 )
 
-// route returns the transaction for a call with this context, or the connection of the pool.
+// route returns the transaction for a call with this context, or a connection of the pool.
 func (c *conn) route(ctx context.Context) (*sealed.Tx, *stdlib.Conn, error) {
 	tx := sealed.From(ctx)
 	switch {
@@ -147,7 +148,7 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 		return nil, err
 	}
 	r := &rows{rows: sealedRows}
-	// Until the first row is read, an error may still come, and the columns may be unknown.
+	// An error may still come with the first row, and until then the columns may be unknown.
 	r.ahead, err = sealedRows.Read(r.decode)
 	if err != nil {
 		sealedRows.Close()
@@ -160,8 +161,8 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 	return r, nil
 }
 
-// values returns the arguments. pgx knows sql.Scanner, driver.Valuer and more, so database/sql
-// hands them on as they are.
+// values returns the arguments as the caller passed them: CheckNamedValue converts none, because
+// pgx encodes driver.Valuer, slices and more by itself.
 func values(args []driver.NamedValue) []any {
 	if len(args) == 0 {
 		return nil
@@ -222,7 +223,7 @@ func (c *conn) Begin() (driver.Tx, error) {
 	return c.BeginTx(context.Background(), driver.TxOptions{})
 }
 
-// strength orders the isolation levels; 3 stands for those that PostgreSQL does not have.
+// strength orders the isolation levels. It returns 3 for those that PostgreSQL does not have.
 func strength(level sql.IsolationLevel) int {
 	switch level {
 	case sql.LevelDefault, sql.LevelReadUncommitted, sql.LevelReadCommitted:
@@ -245,7 +246,7 @@ func strengthOf(level pgx.TxIsoLevel) int {
 	return 0
 }
 
-// Ping asks the database through the transaction of a handler, else through the pool.
+// Ping pings the database, through the transaction of a handler, or else through the pool.
 func (c *conn) Ping(ctx context.Context) error {
 	if sealed.From(ctx) == nil && c.tx == nil {
 		return c.connector.store.Pool().Ping(ctx)
@@ -254,11 +255,12 @@ func (c *conn) Ping(ctx context.Context) error {
 	return err
 }
 
-// ResetSession implements [driver.SessionResetter]. With IsValid it tells database/sql that a
-// connection is good for another use after a sql.Tx whose context has ended.
+// ResetSession implements [driver.SessionResetter]. Because of it and IsValid, database/sql uses a
+// connection again after the context of its sql.Tx has ended.
 func (c *conn) ResetSession(context.Context) error { return nil }
 
-// IsValid implements [driver.Validator]: a connection of the pool is given back after each use.
+// IsValid implements [driver.Validator]. If it reports false database/sql calls Close, which gives
+// a connection of the pool back.
 func (c *conn) IsValid() bool { return c.outside == nil && c.tx == nil }
 
 func (c *conn) Close() error {
@@ -278,7 +280,7 @@ func (t *nestedTx) Commit() error { return t.end((*sealed.Tx).Commit) }
 
 func (t *nestedTx) Rollback() error { return t.end((*sealed.Tx).Rollback) }
 
-// endTimeout bounds the end of a sql.Tx, which may come because its context has ended.
+// endTimeout bounds Commit and Rollback of a sql.Tx. Its own context may have ended by then.
 const endTimeout = 2 * time.Second
 
 func (t *nestedTx) end(end func(*sealed.Tx, context.Context) error) error {
@@ -332,6 +334,6 @@ func (s *statement) QueryContext(ctx context.Context, args []driver.NamedValue) 
 	return s.conn.QueryContext(ctx, s.query, args)
 }
 
-// Exec and Query belong to the interface, but database/sql calls the methods with a context.
+// The interface requires Exec and Query, but database/sql calls the methods with a context.
 func (s *statement) Exec([]driver.Value) (driver.Result, error) { return nil, ErrTransactionMissing }
 func (s *statement) Query([]driver.Value) (driver.Rows, error)  { return nil, ErrTransactionMissing }

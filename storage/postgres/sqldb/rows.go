@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 )
 
-// formats asks for the binary format of the types that become something else than text. The others
-// come as PostgreSQL writes them, as with pgx's own driver for database/sql.
+// formats requests the binary format for the types that decode to something other than text. The
+// others come as text, as with pgx's own driver for database/sql.
 var formats = pgx.QueryResultFormatsByOID{
 	pgtype.BoolOID: pgtype.BinaryFormatCode, pgtype.ByteaOID: pgtype.BinaryFormatCode,
 	pgtype.Int2OID: pgtype.BinaryFormatCode, pgtype.Int4OID: pgtype.BinaryFormatCode, pgtype.Int8OID: pgtype.BinaryFormatCode,
@@ -31,8 +31,8 @@ var formats = pgx.QueryResultFormatsByOID{
 // rows are the rows of a query in a handler's transaction.
 type rows struct {
 	rows   *sealed.Rows
-	read   bool // the first row was read ahead, into values
-	ahead  bool // there is one
+	read   bool // the first row was read ahead, and Next has not returned it yet
+	ahead  bool // there is a first row, in values
 	values []driver.Value
 }
 
@@ -112,7 +112,7 @@ func decode(types *pgtype.Map, field *pgconn.FieldDescription, raw []byte) (driv
 	return string(raw), nil
 }
 
-// anyFormat reports whether the values are the same if pgx chooses the formats.
+// anyFormat reports whether decode returns the same values if pgx chooses the formats.
 func (r *rows) anyFormat() bool {
 	types := r.rows.TypeMap()
 	for _, field := range r.rows.FieldDescriptions() {
@@ -132,7 +132,7 @@ func (r *rows) ColumnTypeDatabaseTypeName(i int) string {
 	return strconv.FormatUint(uint64(r.field(i).DataTypeOID), 10)
 }
 
-// modifierOffset is added by PostgreSQL to the modifiers of a type.
+// modifierOffset is the number that PostgreSQL adds to the modifier of a type.
 const modifierOffset = 4
 
 func (r *rows) ColumnTypeLength(i int) (int64, bool) {

@@ -19,9 +19,9 @@
 // BeginTx opens a savepoint: its Commit keeps the writes for the handler's transaction, its Rollback
 // undoes them. SAVEPOINT, RELEASE and ROLLBACK TO as SQL text work too, as the libraries use them.
 // SAVEPOINT travels with the first statement after it, and RELEASE with the next one or not at all,
-// so a transaction that a library opens around each write costs no round trip. A text that has not
-// run before in this process, or that returns a numeric, an array or another type that pgx reads in
-// binary format, goes alone, and SAVEPOINT before it.
+// so a transaction that a library opens around each write costs no round trip. The exceptions are a
+// text that has not run before in this process, and a query that returns a numeric, an array or
+// another type that pgx reads in binary format: SAVEPOINT is then a round trip of its own.
 //
 // # What differs from another *sql.DB
 //
@@ -34,7 +34,7 @@
 // the SQL comes with the first execution. Errors are those of pgx: *pgconn.PgError.
 // LastInsertId does not exist in PostgreSQL: use RETURNING.
 //
-// SetMaxOpenConns and the like have no use: the store's pool has the limits.
+// SetMaxOpenConns and the like are not needed: the store's pool has the limits.
 package sqldb
 
 import (
@@ -57,15 +57,15 @@ type Options struct {
 	// any *sql.DB does: for requests that only read, for jobs and migrations. Defaults to false: such
 	// a call gets [ErrTransactionMissing].
 	//
-	// Calls are distinguished by their context only. With Pool, a call in a handler that does not
-	// pass the handler's context on, such as db.Exec or one with context.Background, is committed at
+	// Only the context tells the calls of a handler from others. With Pool, a call in a handler
+	// without the handler's context, such as db.Exec or one with context.Background, is committed at
 	// once, and stays even if the handler's writes are undone.
 	Pool bool
 }
 
 // Open returns a *sql.DB for the handlers of a store. It sends nothing. Open one per program. It is
-// safe for concurrent use, as any *sql.DB. Close it before the store, if at all: it holds no
-// connection while it is not used. opts may be nil.
+// safe for concurrent use, as any *sql.DB. It holds no connection while it is not used, so Close is
+// optional; call it before the store is closed. opts may be nil.
 func Open(store *postgres.Store, opts *Options) *sql.DB {
 	if store == nil {
 		panic("idempotency/sqldb: Open needs a store")

@@ -133,8 +133,8 @@ func TestRoundTripsAreThoseOfPgx(t *testing.T) {
 	}
 }
 
-// What a nested transaction wrote is kept or undone as in any transaction, on the first run of a
-// text and on later ones, which travel with their SAVEPOINT.
+// The writes of a nested transaction are kept or undone as in any transaction, on the first run of
+// a text and on later ones, which travel with their SAVEPOINT.
 func TestNestedTransactionsAreSavepoints(t *testing.T) {
 	t.Parallel()
 	for _, mode := range modes {

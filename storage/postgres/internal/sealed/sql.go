@@ -32,8 +32,8 @@ func From(ctx context.Context) *Tx {
 	return nil
 }
 
-// Of reports whether the transaction is on a connection of this pool. It reports true of one that
-// could not be opened, of which every use fails.
+// Of reports whether the transaction is on a connection of this pool. It also reports true if the
+// transaction could not be opened: every use of it fails.
 func (tx *Tx) Of(pool *pgxpool.Pool) bool { return tx.settings == nil || tx.settings.Pool == pool }
 
 // Isolation returns the level of the transaction.
@@ -42,9 +42,9 @@ func (tx *Tx) Isolation() pgx.TxIsoLevel { return tx.settings.Isolation }
 // Same reports whether two handles belong to one transaction.
 func (tx *Tx) Same(other *Tx) bool { return tx.transaction == other.transaction }
 
-// BeginExclusive opens a savepoint like Begin. Until it is ended, the methods of this file return
-// [ErrBusy] on all other handles: database/sql would have another connection for them, outside of
-// the nested transaction.
+// BeginExclusive opens a savepoint like Begin. Until the savepoint ends, the methods of this file
+// return [ErrBusy] on all other handles: with another driver, database/sql would use another
+// connection for them, outside of the nested transaction.
 func (tx *Tx) BeginExclusive(ctx context.Context) (_ *Tx, err error) {
 	if err := tx.useSQL(); err != nil {
 		return nil, err
@@ -81,9 +81,9 @@ func (tx *Tx) useSQL() error {
 // Rows are the rows of a query.
 type Rows = handlerRows
 
-// Run runs a statement and returns its tag. together states that it ran before, so that it can be
-// sent together with unsent statements: if it had to be prepared, and could not, the transaction
-// would fail before its savepoint.
+// Run runs a statement and returns its tag. If together is true the statement has run before in
+// this process, and can be sent together with unsent statements. One that had to be prepared might
+// fail the transaction before its savepoint is open.
 func (tx *Tx) Run(ctx context.Context, together bool, sql string, arguments []any) (tag pgconn.CommandTag, err error) {
 	if err := tx.useSQL(); err != nil {
 		return tag, err
@@ -106,8 +106,8 @@ func (tx *Tx) Run(ctx context.Context, together bool, sql string, arguments []an
 	return tx.run(ctx, sql, arguments)
 }
 
-// Rows runs a query. Its columns have the given formats, unless they come together with unsent
-// statements: then pgx has chosen the formats.
+// Rows runs a query; see Run for together. Its columns have the given formats. Only if it is sent
+// together with unsent statements, pgx chooses the formats.
 func (tx *Tx) Rows(ctx context.Context, together bool, sql string, formats pgx.QueryResultFormatsByOID, arguments []any) (_ *Rows, err error) {
 	if err := tx.useSQL(); err != nil {
 		return nil, err
@@ -138,8 +138,8 @@ func (tx *Tx) Rows(ctx context.Context, together bool, sql string, formats pgx.Q
 	return &handlerRows{Rows: rows, tx: tx.transaction}, nil
 }
 
-// canBatch reports whether a statement can be sent as the last of a batch, and there is something
-// to send in front of it.
+// canBatch reports whether there are unsent statements, and a statement with these arguments can be
+// sent behind them in one batch.
 func (tx *Tx) canBatch(arguments []any) bool {
 	if len(arguments) > 0 {
 		switch arguments[0].(type) {
@@ -172,8 +172,8 @@ func (tx *Tx) sendBehind(ctx context.Context, sql string, arguments []any) (pgx.
 	return results, nil
 }
 
-// closeBehind closes the results of a batch, and returns the error of a statement in it, if there is
-// one, else that of closing. It adds nothing to the error: libraries compare the type.
+// closeBehind closes the results of a batch. It returns err, or if that is nil the error of
+// closing. It does not wrap the error, because libraries compare its type.
 func closeBehind(results pgx.BatchResults, err error) error {
 	if closed := results.Close(); err == nil {
 		return closed
@@ -181,7 +181,7 @@ func closeBehind(results pgx.BatchResults, err error) error {
 	return err
 }
 
-// behindRows are the rows of the last statement of a batch, and close it.
+// behindRows are the rows of the last statement of a batch. Their end closes the batch.
 type behindRows struct {
 	pgx.Rows
 	results pgx.BatchResults
@@ -206,8 +206,8 @@ func (r *behindRows) Close() {
 
 func (r *behindRows) Err() error { return cmp.Or(r.err, r.Rows.Err()) }
 
-// Read goes to the next row and calls read while the connection is in use. The values are in the
-// connection's buffer. It reports whether there was a row.
+// Read goes to the next row, calls read with its values, and reports whether there was a row. The
+// values are in the connection's buffer: read must not keep them.
 func (r *handlerRows) Read(read func(values [][]byte) error) (more bool, err error) {
 	if err := r.tx.use(); err != nil {
 		return false, err
@@ -225,8 +225,8 @@ type Savepoint struct {
 	Name string
 }
 
-// ParseSavepoint reports whether the SQL text is SAVEPOINT, RELEASE or ROLLBACK TO, and nothing
-// else, and returns the statement.
+// ParseSavepoint returns the statement if the SQL text is one SAVEPOINT, RELEASE or ROLLBACK TO,
+// and nothing else. Otherwise ok is false.
 func ParseSavepoint(sql string) (sp Savepoint, ok bool) {
 	s := &scanner{rest: sql}
 	keyword := func(words ...string) bool {
@@ -276,8 +276,8 @@ func ParseSavepoint(sql string) (sp Savepoint, ok bool) {
 	return sp, len(sp.Name) > 2 && s.rest == "" && !s.open
 }
 
-// Do maps a statement about a savepoint on the savepoints of the transaction. It finds only those
-// that were opened by text since the handle's own, as the statement itself would.
+// Do executes a statement about a savepoint on the savepoints of the transaction. It finds only
+// savepoints that SQL text has opened, and that are newer than the handle's own.
 func (tx *Tx) Do(ctx context.Context, sp Savepoint) (err error) {
 	if err := tx.useSQL(); err != nil {
 		return err

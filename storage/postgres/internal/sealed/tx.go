@@ -263,11 +263,11 @@ func (tx *Tx) depth() int {
 	return -1
 }
 
-// savepointName returns the name of the savepoint at a depth. It is free: a savepoint that was
-// there before is released by a statement in front of the new one.
+// savepointName returns the name of the savepoint at a depth. The name is free: if an earlier
+// savepoint had it, its RELEASE goes in front of the new SAVEPOINT.
 func savepointName(depth int) string { return "idempotency_" + strconv.Itoa(depth+1) }
 
-// settle sends the statements of savepoints that were not sent yet, in one message.
+// settle sends the unsent statements about savepoints, in one message.
 func (t *transaction) settle(ctx context.Context) error {
 	if len(t.unsent) == 0 {
 		return nil
@@ -279,7 +279,7 @@ func (t *transaction) settle(ctx context.Context) error {
 	return nil
 }
 
-// sent takes note that the first n unsent statements were executed.
+// sent removes the first n unsent statements, which were executed.
 func (t *transaction) sent(n int) {
 	t.unsent = t.unsent[n:]
 	for i := range t.savepoints {
@@ -326,16 +326,16 @@ func (tx *Tx) push(s savepoint) *Tx {
 func (t *transaction) pop(depth int) {
 	if at := t.savepoints[depth].unsent; at >= 0 {
 		t.unsent = t.unsent[:at]
-	} else { // what is unsent belongs to savepoints above it
+	} else { // the unsent statements belong to savepoints above it
 		t.unsent = append(t.unsent[:0], "RELEASE SAVEPOINT "+savepointName(depth))
 	}
 	t.savepoints = t.savepoints[:depth]
 }
 
-// errUnsent: a statement that had to be prepared in front of SAVEPOINT failed.
+// errUnsent means that a statement could not be prepared, which was done in front of its SAVEPOINT.
 var errUnsent = errors.New("idempotency/postgres: the transaction failed before its savepoint was sent")
 
-// backTo undoes what came after the savepoint at a depth was opened, and leaves it open.
+// backTo undoes everything since the savepoint at a depth was opened, and leaves it open.
 func (t *transaction) backTo(ctx context.Context, depth int) error {
 	s := &t.savepoints[depth]
 	switch {

@@ -41,16 +41,17 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m, goleak.IgnoreTopFunction("gorm.io/gorm/internal/lru.NewLRU[...].func1"))
 }
 
-// steps are what each library does in a handler. Each inserts rows into effects, one by one.
+// steps are the calls of a library in a handler. Each inserts rows into effects, one by one.
 type steps struct {
 	// write inserts a row in the library's shortest way.
 	write func(ctx context.Context, name string) error
-	// nest inserts name in a transaction that is committed, and before its end name+"-undone" in one
-	// that is rolled back: inside of the first if the library nests them, else before it.
+	// nest inserts name in a transaction that it commits, and name+"-undone" in one that it rolls
+	// back: inside of the first one if the library nests them, else before it.
 	nest func(ctx context.Context, name string) error
 	// names returns the names of the rows that have this one.
 	names func(ctx context.Context, name string) ([]string, error)
-	// caught inserts a row with the id 1, which is there, in a transaction, and returns the error.
+	// caught inserts a row with the id 1, which exists already, in a transaction. It returns the
+	// error.
 	caught func(ctx context.Context) error
 }
 
