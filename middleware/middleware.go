@@ -112,6 +112,9 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 
 	if err := wrongMount(w, r); err != nil {
 		m.refuseBroken(w, r, err)
+		if errors.Is(err, errGin) {
+			panic(idempotency.UsageError("idempotency/middleware: " + err.Error())) // or gin would go on to the handlers
+		}
 		return
 	}
 	if isGRPC(r.Header) {

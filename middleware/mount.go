@@ -98,7 +98,8 @@ var (
 
 // wrongMount returns an error if the middleware is mounted in a framework by a bridge that can't
 // work. It imports neither gin nor fasthttp: it looks for a method that only gin's writer, or only
-// fasthttp's context, has. gin's handlers write to gin's own writer. fasthttp's adaptor runs its
+// fasthttp's context, has. gin's handlers write to gin's own writer, and run after the middleware
+// unless the chain is aborted, which only a panic can do from here. fasthttp's adaptor runs its
 // handlers after the middleware, and reuses the memory of the key.
 func wrongMount(w http.ResponseWriter, r *http.Request) error {
 	if _, ok := w.(interface{ WriteHeaderNow() }); ok {
