@@ -44,7 +44,7 @@ func handleOf(ctx context.Context, function string) *sealed.Tx {
 	if tx := sealed.From(ctx); tx != nil {
 		return tx
 	}
-	panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
+	panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on (in gin c.Request.Context(), in Fiber c.Context(), not c)"))
 }
 
 // txContext carries the handler's transaction: a context.WithValue that contains its value.

@@ -49,7 +49,7 @@ import (
 // ErrTransactionMissing is returned to a call if no idempotent handler of the store runs with its
 // context.
 var ErrTransactionMissing = errors.New("idempotency/sqldb: no idempotent handler of this store runs with this context:" +
-	" pass the request's context on (QueryContext, WithContext), or set Options.Pool for calls outside of handlers")
+	" pass the request's context on (QueryContext, WithContext; in gin c.Request.Context(), not c), or set Options.Pool for calls outside of handlers")
 
 // Options are the options of [Open].
 type Options struct {
