@@ -52,7 +52,11 @@ func Middleware(idem *middleware.Middleware) fiber.Handler {
 			panic("idempotency/contrib/fiber3: Options.Resumable is set, and a resumed run has no fiber.Ctx: serve such a route by net/http")
 		}
 		o.RouterState = func(ctx context.Context, _ []byte) (middleware.RouterState, error) {
-			return requestOf(ctx).state, nil
+			s := requestOf(ctx).state
+			if !holdsDefaultCtx(s.saved.Type()) {
+				return nil, fmt.Errorf("fiber.Ctx of the type %s can't be taken back to the start of a run: embed fiber.DefaultCtx itself, not a pointer to it", s.saved.Type())
+			}
+			return s, nil
 		}
 	}).Handler(http.HandlerFunc(run))
 	return func(c fiber.Ctx) error {
@@ -228,6 +232,23 @@ func snapshot(c fiber.Ctx) *state {
 	c.Response().CopyTo(&s.response)
 	c.RequestCtx().VisitUserValuesAll(func(key, value any) { s.values[key] = value })
 	return s
+}
+
+// holdsDefaultCtx reports whether a copy of the value has all of Fiber's state: the second run of a
+// chain that is not taken back ends in a 404.
+func holdsDefaultCtx(ctx reflect.Type) bool {
+	if ctx == reflect.TypeFor[fiber.DefaultCtx]() {
+		return true
+	}
+	if ctx.Kind() != reflect.Struct {
+		return false
+	}
+	for field := range ctx.Fields() {
+		if field.Anonymous && holdsDefaultCtx(field.Type) {
+			return true
+		}
+	}
+	return false
 }
 
 // Restore implements middleware.RouterState.

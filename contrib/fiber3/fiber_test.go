@@ -485,6 +485,32 @@ func TestMalformedPath(t *testing.T) {
 	}
 }
 
+type (
+	ownCtx        struct{ fiber.DefaultCtx }
+	ownPointerCtx struct{ *fiber.DefaultCtx }
+)
+
+// The app may have a Ctx of its own. One that can't be taken back to the start of a run is refused:
+// the second run would find the end of the chain, and its 404 would be recorded.
+func TestCustomCtx(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		own  func(app *fiber.App) fiber.CustomCtx
+		want string
+	}{
+		"embedded": {func(app *fiber.App) fiber.CustomCtx { return &ownCtx{*fiber.NewDefaultCtx(app)} }, "201 executed paid"},
+		"pointer":  {func(app *fiber.App) fiber.CustomCtx { return &ownPointerCtx{fiber.NewDefaultCtx(app)} }, "500 not-executed"},
+	} {
+		s := mwtest.New(t, nil)
+		s.Store.FailCommits(idempotency.ErrNotSerializable)
+		app := fiber.NewWithCustomCtx(c.own)
+		app.Post("/", fiberidem.Middleware(s.Middleware), func(c fiber.Ctx) error { return c.Status(http.StatusCreated).SendString("paid") })
+		if got := post(t, serve(t, app), "key-1"); !strings.HasPrefix(got, c.want) {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 func postForm(t *testing.T, url, key, form string) string {
 	t.Helper()
 	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, strings.NewReader(form))

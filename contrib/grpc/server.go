@@ -152,7 +152,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 		i.setOutcome(ctx, answer, result.Outcome, nil)
 	case result.Record == nil: // the handler's own reply or error, with all its metadata
 		i.setOutcome(ctx, answer, result.Outcome, nil)
-		if err := errors.Join(grpc.SetHeader(ctx, call.stream.header), grpc.SetTrailer(ctx, call.stream.trailer)); err != nil {
+		if err := errors.Join(grpc.SetHeader(ctx, call.stream.header), grpc.SetTrailer(ctx, call.stream.trailer)); err != nil && ctx.Err() == nil {
 			o.Logger.LogAttrs(ctx, slog.LevelWarn, "idempotency: metadata that the handler set can't be sent", slog.String("method", method), slog.Any("error", err))
 		}
 	default:
@@ -174,7 +174,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 // the code.
 func (i *Interceptor) setOutcome(ctx context.Context, answer rpc.Result, outcome idempotency.Outcome, header metadata.MD) {
 	header = metadata.Join(header, metadata.Pairs(rpc.HeaderStatus, string(outcome)))
-	if err := grpc.SetHeader(ctx, header); err != nil && grpc.ServerTransportStreamFromContext(ctx) != nil {
+	if err := grpc.SetHeader(ctx, header); err != nil && ctx.Err() == nil && grpc.ServerTransportStreamFromContext(ctx) != nil { // the client is there
 		i.options.Logger.LogAttrs(ctx, slog.LevelError, "idempotency: the outcome can't be sent, because an interceptor outside has sent the header", slog.Any("error", err))
 		return
 	}

@@ -618,3 +618,40 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}()
 	grpcidem.New(mwtest.NewStore(), nil, nil)
 }
+
+// A client that leaves is no fault of the service: the call goes on to its end, and the log has
+// nothing for an operator.
+func TestClientThatLeavesIsNotLogged(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	entered, ended := make(chan context.Context, 1), make(chan struct{})
+	outside := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		defer close(ended)
+		return handler(context.WithValue(ctx, serverContext{}, ctx), req)
+	}
+	store := mwtest.NewStore()
+	idem := grpcidem.New(store, scope, &grpcidem.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	conn := dial(t, serve(t, &probe{unary: func(ctx context.Context, _ *payRequest) (*payReply, error) {
+		server := ctx.Value(serverContext{}).(context.Context)
+		entered <- server
+		<-server.Done() // the server has noticed
+		return &payReply{Id: "paid"}, grpc.SetHeader(ctx, metadata.Pairs("of-the-handler", "1"))
+	}}, grpc.ChainUnaryInterceptor(outside, idem.Unary)))
+	ctx, leave := context.WithCancel(metadata.NewOutgoingContext(t.Context(), metadata.Pairs(rpc.HeaderKey, "key-1")))
+	go func() {
+		<-entered
+		leave()
+	}()
+	if err := conn.Invoke(ctx, rpctest.Pay, &payRequest{}, new(payReply)); status.Code(err) != codes.Canceled {
+		t.Errorf("the client got %v", err)
+	}
+	<-ended
+	if ends := store.Ends(); len(ends) != 1 || ends[0].String() != "COMMIT" {
+		t.Errorf("the transactions ended with %q", ends)
+	}
+	if log.Len() > 0 {
+		t.Errorf("logged: %s", &log)
+	}
+}
+
+type serverContext struct{}

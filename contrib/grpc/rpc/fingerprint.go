@@ -36,9 +36,10 @@ func Fingerprint(method string, message proto.Message, field protoreflect.Name) 
 }
 
 // FingerprintAt is the FingerprintAt of an [idempotency.Request] for a call. For the record of an
-// HTTP request it returns a fingerprint that equals no other: the key is a mismatch.
+// HTTP request it returns a fingerprint that equals no other: the key is a mismatch. Only HTTP has functions of a service's own.
 func FingerprintAt(version int16) (idempotency.Fingerprint, bool) {
-	return idempotency.Fingerprint{Version: version}, version == idempotency.FingerprintVersionHTTP
+	ofHTTP := version == idempotency.FingerprintVersionHTTP || version >= idempotency.FingerprintVersionUserMin
+	return idempotency.Fingerprint{Version: version}, ofHTTP
 }
 
 // backward is a buffer that is filled from its end: the length of a nested message is known before

@@ -367,3 +367,18 @@ func TestNoSideEffects(t *testing.T) {
 		}
 	}
 }
+
+// A key that was used over HTTP is a mismatch, whoever's function made the fingerprint. What is not
+// known, as a version of a later release, is not decided.
+func TestRecordOfHTTPIsAMismatch(t *testing.T) {
+	t.Parallel()
+	for version, want := range map[int16]bool{
+		idempotency.FingerprintVersionHTTP: true, idempotency.FingerprintVersionUserMin: true, idempotency.FingerprintVersionUserMin + 1: true,
+		idempotency.FingerprintVersionRPC: false, 3: false, idempotency.FingerprintVersionUserMin - 1: false,
+	} {
+		f, known := rpc.FingerprintAt(version)
+		if known != want || f.Version != version || f.Equal(idempotency.NewFingerprint(version, nil)) {
+			t.Errorf("version %d: %v, known %t, want %t", version, f.Version, known, want)
+		}
+	}
+}
