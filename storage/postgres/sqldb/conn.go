@@ -6,6 +6,8 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,7 +24,7 @@ type connector struct {
 	outside driver.Connector // to the pool; nil if calls outside of handlers are refused
 
 	executed texts // ran before
-	queried  texts // ran before, and decode gets the same values in the formats that pgx chooses
+	queried  texts // ran before; sealed.Alone unless decode gets the same values in the formats that pgx chooses
 }
 
 func (c *connector) Connect(context.Context) (driver.Conn, error) { return &conn{connector: c}, nil }
@@ -36,30 +38,35 @@ func (namelessDriver) Open(string) (driver.Conn, error) {
 	return nil, errors.New("idempotency/sqldb: a connection has no address: use sqldb.Open")
 }
 
-// textsMax is the maximum size of texts, which is emptied before it would get larger.
-const textsMax = 1024
+// Limits of the SQL texts that are remembered.
+const (
+	textsMax     = 1024 // of a set, which is emptied before it would get larger
+	textBytesMax = 4096 // a longer text goes alone each time
+)
 
-// texts is a set of SQL texts that may travel together with SAVEPOINT: see [sealed.Tx.Run]. It is
-// safe for concurrent use.
+// texts remembers SQL texts that may travel together with SAVEPOINT. It is safe for concurrent use.
 type texts struct {
 	mu    sync.RWMutex
-	known map[string]struct{}
+	known map[string]*sealed.Ran
 }
 
-func (t *texts) has(text string) bool {
+// get returns nil for a text that did not run, or is not remembered.
+func (t *texts) get(text string) *sealed.Ran {
+	if len(text) > textBytesMax {
+		return sealed.Alone
+	}
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	_, ok := t.known[text]
-	return ok
+	return t.known[text]
 }
 
-func (t *texts) add(text string) {
+func (t *texts) add(text string, ran *sealed.Ran) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.known == nil || len(t.known) >= textsMax {
-		t.known = map[string]struct{}{}
+		t.known = map[string]*sealed.Ran{}
 	}
-	t.known[text] = struct{}{}
+	t.known[strings.Clone(text)] = ran
 }
 
 // conn is a connection of database/sql. Each call finds its transaction by its context. So conn
@@ -123,13 +130,13 @@ func (c *conn) ExecContext(ctx context.Context, query string, args []driver.Name
 	if savepoint, ok := sealed.ParseSavepoint(query); ok {
 		return driver.RowsAffected(0), tx.Do(ctx, savepoint)
 	}
-	ran := c.connector.executed.has(query)
-	tag, err := tx.Run(ctx, ran, query, values(args))
+	before := c.connector.executed.get(query)
+	tag, ran, err := tx.Run(ctx, before, query, values(args))
 	if err != nil {
 		return nil, err
 	}
-	if !ran {
-		c.connector.executed.add(query)
+	if before == nil && ran != nil {
+		c.connector.executed.add(query, ran)
 	}
 	return driver.RowsAffected(tag.RowsAffected()), nil
 }
@@ -142,8 +149,8 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 	case outside != nil:
 		return outside.QueryContext(ctx, query, args)
 	}
-	ran := c.connector.queried.has(query)
-	sealedRows, err := tx.Rows(ctx, ran, query, formats, values(args))
+	before := c.connector.queried.get(query)
+	sealedRows, ran, err := tx.Rows(ctx, before, query, formats, values(args))
 	if err != nil {
 		return nil, err
 	}
@@ -155,8 +162,14 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 		return nil, err
 	}
 	r.read = true
-	if !ran && r.anyFormat() {
-		c.connector.queried.add(query)
+	if !r.ahead { // the connection is free for other statements, which reuse the descriptions
+		r.fields = slices.Clone(sealedRows.FieldDescriptions())
+	}
+	if before == nil && ran != nil {
+		if !r.anyFormat() {
+			ran = sealed.Alone
+		}
+		c.connector.queried.add(query, ran)
 	}
 	return r, nil
 }

@@ -34,6 +34,7 @@ type rows struct {
 	read   bool // the first row was read ahead, and Next has not returned it yet
 	ahead  bool // there is a first row, in values
 	values []driver.Value
+	fields []pgconn.FieldDescription // set if there are no rows
 }
 
 var (
@@ -43,10 +44,17 @@ var (
 	_ driver.RowsColumnTypeScanType         = (*rows)(nil)
 )
 
-func (r *rows) field(i int) *pgconn.FieldDescription { return &r.rows.FieldDescriptions()[i] }
+func (r *rows) descriptions() []pgconn.FieldDescription {
+	if r.fields != nil {
+		return r.fields
+	}
+	return r.rows.FieldDescriptions()
+}
+
+func (r *rows) field(i int) *pgconn.FieldDescription { return &r.descriptions()[i] }
 
 func (r *rows) Columns() []string {
-	fields := r.rows.FieldDescriptions()
+	fields := r.descriptions()
 	names := make([]string, len(fields))
 	for i := range fields {
 		names[i] = fields[i].Name
@@ -115,7 +123,7 @@ func decode(types *pgtype.Map, field *pgconn.FieldDescription, raw []byte) (driv
 // anyFormat reports whether decode returns the same values if pgx chooses the formats.
 func (r *rows) anyFormat() bool {
 	types := r.rows.TypeMap()
-	for _, field := range r.rows.FieldDescriptions() {
+	for _, field := range r.descriptions() {
 		oid := field.DataTypeOID
 		if _, decoded := formats[oid]; !decoded && oid != pgtype.UUIDOID && types.FormatCodeForOID(oid) != pgtype.TextFormatCode {
 			return false

@@ -20,8 +20,9 @@
 // undoes them. SAVEPOINT, RELEASE and ROLLBACK TO as SQL text work too, as the libraries use them.
 // SAVEPOINT travels with the first statement after it, and RELEASE with the next one or not at all,
 // so a transaction that a library opens around each write costs no round trip. The exceptions are a
-// text that has not run before in this process, and a query that returns a numeric, an array or
-// another type that pgx reads in binary format: SAVEPOINT is then a round trip of its own.
+// text that has not run behind a SAVEPOINT before in this process, a text of more than 4096 bytes,
+// and a query that returns a numeric, an array or another type that pgx reads in binary format:
+// SAVEPOINT is then a round trip of its own.
 //
 // # What differs from another *sql.DB
 //

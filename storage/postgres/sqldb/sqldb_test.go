@@ -119,7 +119,7 @@ func TestRoundTripsAreThoseOfPgx(t *testing.T) {
 			}
 		}, (*sql.Tx).Commit), 4},
 	} {
-		for _, run := range []string{"cold", "warm"} {
+		for _, run := range []string{"cold", "colder", "warm"} { // SAVEPOINT is prepared when it first travels with a statement
 			got := b.cost(func() {
 				b.want(t, b.do(t, c.name+run, func(ctx context.Context) int {
 					c.handler(ctx)
@@ -748,4 +748,95 @@ func TestSQLTxOfAnotherHandlerIsRefused(t *testing.T) {
 		return 402
 	}), idempotency.OutcomeExecuted)
 	b.wantNames(t, "inner")
+}
+
+// An argument that can't be encoded fails its call, and nothing else: not the transaction, and not
+// the connection, on later runs of a text too, which travel with their SAVEPOINT.
+func TestArgumentThatCantBeEncodedFailsItsCallOnly(t *testing.T) {
+	t.Parallel()
+	for _, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			b := setupMode(t, nil, 1, mode)
+			b.Exec(t, "CREATE TABLE amounts (amount int4)")
+			const put = "INSERT INTO amounts VALUES ($1)"
+			for _, key := range []string{"cold", "warm"} {
+				b.want(t, b.do(t, key, func(ctx context.Context) int {
+					for name, run := range map[string]func(tx *sql.Tx, amount int64) error{
+						"exec": func(tx *sql.Tx, amount int64) error { _, err := tx.ExecContext(ctx, put, amount); return err },
+						"query": func(tx *sql.Tx, amount int64) error {
+							return tx.QueryRowContext(ctx, put+" RETURNING 1", amount).Scan(new(int))
+						},
+					} {
+						for _, amount := range []int64{1, 1 << 40} {
+							tx, err := b.db.BeginTx(ctx, nil)
+							if err != nil {
+								t.Error(err)
+								return 500
+							}
+							if err := run(tx, amount); (err == nil) != (amount == 1) {
+								t.Errorf("%s %d: %v", name, amount, err)
+							}
+							if amount == 1 {
+								must(t, tx.Commit())
+							} else {
+								must(t, tx.Rollback())
+							}
+						}
+					}
+					write(ctx, t, b.db, key)
+					return 201
+				}), idempotency.OutcomeExecuted)
+			}
+			b.wantNames(t, "cold warm")
+			if n := b.Count(t, "SELECT count(*) FROM amounts"); n != 4 {
+				t.Errorf("%d amounts, want 4", n)
+			}
+		})
+	}
+}
+
+// A query that returns no rows leaves the connection free. Its columns are its own still after
+// another query.
+func TestColumnsOfNoRows(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	b.want(t, b.do(t, "k", func(ctx context.Context) int {
+		for range 2 {
+			rows, err := b.db.QueryContext(ctx, "SELECT id, name FROM effects WHERE false")
+			must(t, err)
+			var n int
+			must(t, b.db.QueryRowContext(ctx, "SELECT 1 AS other").Scan(&n))
+			columns, err := rows.Columns()
+			must(t, err)
+			if got := strings.Join(columns, " "); got != "id name" {
+				t.Errorf("columns are %s, want id name", got)
+			}
+			must(t, rows.Close())
+		}
+		return 201
+	}), idempotency.OutcomeExecuted)
+}
+
+// A text that is too long to be remembered goes alone: SAVEPOINT in front of it is one round trip,
+// and nothing else is asked.
+func TestLongTextGoesAlone(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	long := insert + strings.Repeat(" ", 4096)
+	for _, key := range []string{"cold", "warm"} {
+		b.want(t, b.do(t, key, func(ctx context.Context) int {
+			tx, err := b.db.BeginTx(ctx, nil)
+			must(t, err)
+			trips := b.cost(func() {
+				_, err := tx.ExecContext(ctx, long, key)
+				must(t, err)
+			})
+			must(t, tx.Commit())
+			if key == "warm" && trips != 2 {
+				t.Errorf("%d round trips, want 2", trips)
+			}
+			return 201
+		}), idempotency.OutcomeExecuted)
+	}
 }

@@ -81,74 +81,132 @@ func (tx *Tx) useSQL() error {
 // Rows are the rows of a query.
 type Rows = handlerRows
 
-// Run runs a statement and returns its tag. If together is true the statement has run before in
-// this process, and can be sent together with unsent statements. One that had to be prepared might
-// fail the transaction before its savepoint is open.
-func (tx *Tx) Run(ctx context.Context, together bool, sql string, arguments []any) (tag pgconn.CommandTag, err error) {
-	if err := tx.useSQL(); err != nil {
-		return tag, err
-	}
-	defer func() { tx.done(err) }()
-	if arguments, err = tx.admit(sql, arguments); err != nil {
-		return tag, err
-	}
-	if together && tx.canBatch(arguments) {
-		results, err := tx.sendBehind(ctx, sql, arguments)
-		if err != nil {
-			return tag, err
-		}
-		tag, err = results.Exec()
-		return tag, closeBehind(results, err)
-	}
-	if err = tx.settle(ctx); err != nil {
-		return tag, err
-	}
-	return tx.run(ctx, sql, arguments)
+// Ran is what Run and Rows need to know of a statement to send it together with unsent statements:
+// that it ran before, since a text that can't be prepared would fail the transaction before its
+// savepoint, and the types of its parameters, since pgx closes the connection if an argument in a
+// batch can't be encoded.
+type Ran struct {
+	parameters []uint32
+	alone      bool
 }
 
-// Rows runs a query; see Run for together. Its columns have the given formats. Only if it is sent
-// together with unsent statements, pgx chooses the formats.
-func (tx *Tx) Rows(ctx context.Context, together bool, sql string, formats pgx.QueryResultFormatsByOID, arguments []any) (_ *Rows, err error) {
+// Alone stands for a statement that must not go together with others.
+var Alone = &Ran{alone: true}
+
+// Run runs a statement and returns its tag. before is what an earlier Run of the text returned, or
+// nil. ran is nil if nothing was learned.
+func (tx *Tx) Run(ctx context.Context, before *Ran, sql string, arguments []any) (tag pgconn.CommandTag, ran *Ran, err error) {
 	if err := tx.useSQL(); err != nil {
-		return nil, err
+		return tag, nil, err
 	}
 	defer func() { tx.done(err) }()
 	if arguments, err = tx.admit(sql, arguments); err != nil {
-		return nil, err
+		return tag, nil, err
 	}
-	if together && tx.canBatch(arguments) {
+	if before != nil && tx.canBatch(before, arguments) {
 		results, err := tx.sendBehind(ctx, sql, arguments)
 		if err != nil {
-			return nil, err
+			return tag, nil, err
+		}
+		tag, err = results.Exec()
+		return tag, before, closeBehind(results, err)
+	}
+	if ran, err = tx.settleFor(ctx, before, sql, arguments); err != nil {
+		return tag, nil, err
+	}
+	tag, err = tx.run(ctx, sql, arguments)
+	return tag, ran, err
+}
+
+// Rows runs a query; see Run for before and ran. Its columns have the given formats. Only if it is
+// sent together with unsent statements, pgx chooses the formats.
+func (tx *Tx) Rows(ctx context.Context, before *Ran, sql string, formats pgx.QueryResultFormatsByOID, arguments []any) (_ *Rows, ran *Ran, err error) {
+	if err := tx.useSQL(); err != nil {
+		return nil, nil, err
+	}
+	defer func() { tx.done(err) }()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return nil, nil, err
+	}
+	if before != nil && tx.canBatch(before, arguments) {
+		results, err := tx.sendBehind(ctx, sql, arguments)
+		if err != nil {
+			return nil, nil, err
 		}
 		rows, err := results.Query()
 		if err != nil {
-			return nil, closeBehind(results, err)
+			return nil, nil, closeBehind(results, err)
 		}
-		return &handlerRows{Rows: &behindRows{Rows: rows, results: results}, tx: tx.transaction}, nil
+		return &handlerRows{Rows: &behindRows{Rows: rows, results: results}, tx: tx.transaction}, before, nil
 	}
-	if err = tx.settle(ctx); err != nil {
-		return nil, err
+	if ran, err = tx.settleFor(ctx, before, sql, arguments); err != nil {
+		return nil, nil, err
 	}
 	arguments = append([]any{formats}, arguments...)
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
 	if err != nil {
+		return nil, nil, err
+	}
+	return &handlerRows{Rows: rows, tx: tx.transaction}, ran, nil
+}
+
+// describes reports whether pgx encodes arguments for the types that the server describes. In the
+// other modes it needs no types, and encodes before it sends anything.
+func (tx *Tx) describes() bool {
+	switch tx.settings.Mode {
+	case pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec:
+		return true
+	}
+	return false
+}
+
+// settleFor is settle in front of a statement. It returns what is to be known of the statement once
+// it has run. It asks the server for the types of the parameters only if there were statements to
+// settle, since the others have no use for them: a round trip, once for each text.
+func (tx *Tx) settleFor(ctx context.Context, before *Ran, sql string, arguments []any) (*Ran, error) {
+	settles := len(tx.unsent) > 0
+	if err := tx.settle(ctx); err != nil {
 		return nil, err
 	}
-	return &handlerRows{Rows: rows, tx: tx.transaction}, nil
+	switch {
+	case before != nil:
+		return before, nil
+	case len(arguments) == 0 || !tx.describes():
+		return new(Ran), nil
+	case !settles || hasOption(arguments):
+		return nil, nil
+	}
+	description, err := tx.conn.PgConn().Prepare(ctx, "", sql, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Ran{parameters: description.ParamOIDs}, nil
+}
+
+// hasOption reports whether an option of pgx is in front of the arguments.
+func hasOption(arguments []any) bool {
+	if len(arguments) == 0 {
+		return false
+	}
+	switch arguments[0].(type) {
+	case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID, pgx.QueryRewriter:
+		return true
+	}
+	return false
 }
 
 // canBatch reports whether there are unsent statements, and a statement with these arguments can be
 // sent behind them in one batch.
-func (tx *Tx) canBatch(arguments []any) bool {
-	if len(arguments) > 0 {
-		switch arguments[0].(type) {
-		case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID, pgx.QueryRewriter:
-			return false
-		}
-	}
+func (tx *Tx) canBatch(before *Ran, arguments []any) bool {
 	// The simple protocol would send them as one string.
-	return len(tx.unsent) > 0 && tx.settings.Mode != pgx.QueryExecModeSimpleProtocol && tx.conn.PgConn().TxStatus() == 'T'
+	if len(tx.unsent) == 0 || before.alone || hasOption(arguments) || tx.settings.Mode == pgx.QueryExecModeSimpleProtocol || tx.conn.PgConn().TxStatus() != 'T' {
+		return false
+	}
+	if !tx.describes() {
+		return true
+	}
+	var encoded pgx.ExtendedQueryBuilder
+	return encoded.Build(tx.conn.TypeMap(), &pgconn.StatementDescription{ParamOIDs: before.parameters}, arguments) == nil
 }
 
 // sendBehind sends the unsent statements and this one in one round trip.
