@@ -20,7 +20,7 @@ import (
 const testSystem = "--yes-this-is-a-test-system"
 
 type probeCommand struct {
-	URL         string   `arg:"" name:"url" help:"Where the requests go. They are real: each one with a new key has its effect."`
+	URL         string   `arg:"" name:"url" help:"URL of the requests. They are real: each one with a new key has its effect."`
 	Profile     string   `enum:"${profiles}" default:"ietf" help:"Rules to judge by: ${enum}. (default: ${default})"`
 	Method      string   `placeholder:"METHOD" default:"POST" help:"Method of the requests. (default: ${default})"`
 	Header      []string `sep:"none" placeholder:"'NAME: VALUE'" help:"Header line of each request; repeat for more. The output shows $$NAME in place of the value."`
@@ -36,8 +36,8 @@ type probeCommand struct {
 // Help is called by kong.
 func (*probeCommand) Help() string {
 	return fmt.Sprintf(`Sends requests with new keys, retries, copies at once, other bodies under used keys, and requests with the connection cut
-before the answer, and judges the answers. Nobody else may use the system meanwhile if effects are counted at --effects-url.
-It takes less than two minutes, and sends %d requests at most, up to %d a second. Ctrl-C prints what is known by then.
+before the answer, and judges the answers. If effects are counted at --effects-url, no other client may use the system meanwhile.
+It takes less than two minutes, and sends %d requests at most, up to %d a second. Ctrl-C ends it and prints the verdicts so far.
 
 Exit codes: 0 ok, 1 a binding rule is broken, 2 a binding rule could not be judged, or not a command. Advisory rules never count.`,
 		probe.RequestsMax, probe.RequestsPerSecondMax)

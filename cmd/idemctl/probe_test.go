@@ -270,7 +270,7 @@ func TestProbeExitCodes(t *testing.T) {
 	}
 }
 
-// Ctrl-C ends an examination with a report of what is known by then.
+// Ctrl-C ends an examination with a report of the verdicts so far.
 func TestProbeIsInterrupted(t *testing.T) {
 	t.Parallel()
 	seen := make(chan struct{}, 1000)

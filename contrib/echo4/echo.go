@@ -47,8 +47,8 @@ func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
 			}
 			before, response := c.Request(), c.Response()
 			defer func() {
-				// Not before: what a handler left behind must not find Echo's own writer while the
-				// transaction is open.
+				// Only now: a goroutine that the handler left running must not find Echo's own writer
+				// while the transaction is open.
 				if !one.untouched {
 					c.SetRequest(before)
 					c.SetResponse(response)

@@ -254,7 +254,7 @@ func TestErrorHandlerThatWritesNothing(t *testing.T) {
 	}
 }
 
-// A handler that goes on after its run, as Echo's own timeout leaves one, writes to nobody: the run
+// If a handler goes on after its run, as with Echo's own timeout, its answer is dropped: the run
 // does not count, and the client must not see its answer.
 func TestHandlerThatGoesOnWritesToNobody(t *testing.T) {
 	t.Parallel()

@@ -113,9 +113,9 @@ func convert(ctx context.Context, c fiber.Ctx) *http.Request {
 	return r
 }
 
-// bodyOf returns the body. fasthttp has no bytes of a form in parts if it has parsed it before the
-// handlers run, and would put its fields together in another order each time. Here they are sorted:
-// a retry has the same fingerprint.
+// bodyOf returns the body. If fasthttp has parsed a multipart form before the handlers run, it no
+// longer has its bytes, and would write the fields in another order each time. Here they are sorted,
+// so that a retry has the same fingerprint.
 func bodyOf(c fiber.Ctx) []byte {
 	in := c.Request()
 	boundary := string(in.Header.MultipartFormBoundary())
@@ -198,7 +198,7 @@ func run(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// unanswered reports whether the response is as Fiber makes it.
+// unanswered reports whether the response is still the one that Fiber begins with.
 func unanswered(response *fasthttp.Response) bool {
 	return response.StatusCode() == fiber.StatusOK && !response.IsBodyStream() && len(response.Body()) == 0
 }

@@ -400,8 +400,8 @@ func post(t *testing.T, url, key string) string {
 	return fmt.Sprint(response.StatusCode, " ", response.Header.Get("Idempotency-Status"), " ", string(body))
 }
 
-// fasthttp parses a form in parts before any handler runs, and puts its fields together again in any
-// order. A retry is the same request all the same.
+// fasthttp parses a multipart form before any handler runs, and writes its fields again in any order.
+// A retry is the same request all the same.
 func TestRetryOfAFormInParts(t *testing.T) {
 	t.Parallel()
 	app := fiber.New()

@@ -56,8 +56,8 @@ func Middleware(idem *middleware.Middleware) gin.HandlerFunc {
 		}
 		before, writer := c.Request, c.Writer
 		defer func() {
-			// Not before: what a handler left behind must not find gin's own writer while the
-			// transaction is open.
+			// Only now: a goroutine that the handler left running must not find gin's own writer while
+			// the transaction is open.
 			if !one.untouched {
 				c.Request, c.Writer = before, writer
 				c.Abort() // a replay runs no handler, and a panic left the chain in the middle
@@ -103,8 +103,8 @@ func run(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// redirect lets gin's own writer write to w until the returned function is called: HandleContext
-// gives it to the handlers. Its field is not exported.
+// redirect makes gin's own writer write to w until restore is called, because HandleContext gives
+// that writer to the handlers. Its field is not exported.
 func redirect(c *gin.Context, w http.ResponseWriter) (restore func()) {
 	field := reflect.ValueOf(c).Elem().FieldByName(ownWriter)
 	own := reflect.NewAt(field.Type(), unsafe.Pointer(field.UnsafeAddr())).Elem()

@@ -280,7 +280,7 @@ func TestTransaction(t *testing.T) {
 	}
 }
 
-// A handler that goes on after its run, as timeouts leave one, writes to nobody: the run does not
+// If a handler goes on after its run, as with a timeout, its answer is dropped: the run does not
 // count, and the client must not see its answer.
 func TestHandlerThatGoesOnWritesToNobody(t *testing.T) {
 	t.Parallel()
@@ -301,7 +301,7 @@ func TestHandlerThatGoesOnWritesToNobody(t *testing.T) {
 	}
 }
 
-// HandleContext routes a request again, and takes gin's own writer for it. The answer is recorded as
+// HandleContext routes a request again, and uses gin's own writer for it. The answer is recorded like
 // any other, and nothing goes out before COMMIT.
 func TestHandleContext(t *testing.T) {
 	t.Parallel()
