@@ -76,8 +76,8 @@ func TestEmptyOK(t *testing.T) {
 	}
 }
 
-// A handler whose call has no result returns without an answer, as it should: the request stays
-// open, and the log has the reason of the call. Without a call it has failed.
+// If its call has no result, a handler returns without an answer, as it should: the request stays
+// open, and the log has the reason of the call. Without a call the handler has failed.
 func TestHandlerWithoutAResultWritesNothing(t *testing.T) {
 	t.Parallel()
 	var call bool

@@ -74,7 +74,7 @@ func handler(s *mwtest.Service) fiber.Handler {
 	}
 }
 
-// serve serves an app until the test is over.
+// serve serves an app until the test ends.
 func serve(t interface {
 	Cleanup(f func())
 	Fatalf(format string, args ...any)

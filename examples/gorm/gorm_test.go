@@ -13,7 +13,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// A transfer that is paid, declined or wrong leaves what its answer says, however often it is sent.
+// A transfer that is paid, declined or wrong leaves the rows that its answer stands for, however
+// often it is sent.
 func TestTransfersAgreeWithTheirAnswers(t *testing.T) {
 	t.Parallel()
 	store, err := paidonce.Open(t.Context(), pgtest.Database(t), nil)

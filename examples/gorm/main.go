@@ -1,4 +1,4 @@
-// Command gorm shows GORM inside an idempotent handler: one *gorm.DB, opened once, whose writes are
+// Command gorm shows GORM inside an idempotent handler: one *gorm.DB, opened once. Its writes are
 // committed with the answer.
 //
 //	go run -C examples/gorm .

@@ -52,7 +52,7 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// Features names what a framework can't do. The zero value is a framework that can do all of it.
+// Features names the abilities that a framework lacks. The zero value is a framework that has all.
 type Features struct {
 	// NoReturnedErrors: a handler has no error to return.
 	NoReturnedErrors bool

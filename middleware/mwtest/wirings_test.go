@@ -256,7 +256,7 @@ func TestTableFindsWrongWirings(t *testing.T) {
 				err = c.next()
 			})
 			c.abort()
-			return err // what the framework writes now goes into the recorder, which nobody reads
+			return err // the framework renders it after the middleware has read the recorder
 		}), found: []string{"FinalError"}},
 		"as in fiber: the handler runs after the middleware": {mount: mountFrames(func(s *Service, c *frame) error {
 			ran := false
@@ -400,7 +400,7 @@ func (c clientContext) Done() <-chan struct{} { return c.client.Done() }
 // Err implements context.Context.
 func (c clientContext) Err() error { return c.client.Err() }
 
-// flushing is a writer that also writes past the recorder, as one does whose Flush works.
+// flushing is a writer that also writes past the recorder, like a writer with a Flush that works.
 type flushing struct {
 	http.ResponseWriter
 	outer http.ResponseWriter

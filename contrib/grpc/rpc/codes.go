@@ -8,8 +8,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// DefaultDisposition returns what a code means for the handler's transaction. OK is committed. An
-// error about the request itself (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition,
+// DefaultDisposition returns the meaning of a code for the handler's transaction. OK is committed.
+// An error about the request itself (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition,
 // OutOfRange) is declined: the handler's writes are undone, and the error is recorded. After every
 // other code, Aborted and Canceled among them, a retry may get another one, so it is forgotten.
 func DefaultDisposition(c code.Code) idempotency.Disposition {

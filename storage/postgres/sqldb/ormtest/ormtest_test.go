@@ -599,7 +599,7 @@ func TestRiver(t *testing.T) {
 				}
 				return status
 			})
-			// River reads arrays, so what opens its transactions goes in front of the insert.
+			// River reads arrays, so SAVEPOINT is a round trip of its own, in front of the insert.
 			if trips = b.trips.Count() - trips; run == "warm" && trips != 6 {
 				t.Errorf("two jobs cost %d round trips, want 6", trips)
 			}
