@@ -80,10 +80,12 @@ func TestChaosInTimeOrBroken(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := commandIn(ctx, dir, "chaos", "--duration-max", "10s", "--clients", "4", "--keep")
+	var log strings.Builder
+	cmd.Stderr = &log
 	output, err := cmd.Output()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 1 {
-		t.Errorf("it ended with %v, want exit code 1:\n%s", err, output)
+		t.Fatalf("it ended with %v, want exit code 1:\n%s%s", err, log.String(), output)
 	}
 	if !strings.Contains(string(output), "longer than --duration-max") || !strings.HasSuffix(string(output), "verdict: broken\n") {
 		t.Errorf("it does not say why:\n%s", output)
