@@ -93,7 +93,7 @@ func (m *Middleware) refuseSecond(w http.ResponseWriter, r *http.Request, at *mo
 // framework's handlers would answer past the middleware: before COMMIT, or after a rollback.
 var (
 	errGin      = errors.New("gin's ResponseWriter is outside: use the adapter in contrib/gin, or mount the middleware around the whole router")
-	errFasthttp = errors.New("fasthttp's adaptor is outside: use the adapter in contrib/fiber3")
+	errFasthttp = errors.New("fasthttp's adaptor is outside: use the adapter in contrib/fiber3; with Fiber 2, which has none, serve the route by net/http")
 )
 
 // wrongMount returns an error if the middleware is mounted in a framework by a bridge that can't

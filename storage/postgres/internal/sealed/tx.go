@@ -148,7 +148,7 @@ func (t *Transaction) Seal() (State, error) {
 	case conn.TxStatus() != 'T':
 		return StateUnfit, errors.New("the transaction is aborted")
 	case len(t.savepoints) > 0:
-		return StateUnfit, errors.New("a nested transaction was left open")
+		return StateUnfit, errors.New("a nested transaction was left open: commit it or roll it back before the handler returns")
 	}
 	return StateReady, nil
 }
@@ -191,7 +191,7 @@ func (t *transaction) use() error {
 		if t.sealed.Load() {
 			return fmt.Errorf("%w: the handler has returned", ErrSealed)
 		}
-		return ErrBusy
+		return fmt.Errorf("%w: another goroutine uses it, or a callback of its own call: make one call at a time", ErrBusy)
 	}
 	if t.sealed.Load() {
 		t.give()
