@@ -98,8 +98,8 @@ func TestWholeRouterInside(t *testing.T) {
 
 // gin's handlers write to gin's writer. Mounted by hand the middleware would commit without the
 // answer, and after a rollback the client would hold a 201. So such a mount is refused, and the log
-// names the adapter. The handlers don't run either once the middleware has returned, as gin lets
-// them unless the chain is aborted: they would pay without a key, after a 500.
+// names the adapter. The handlers don't run after the middleware has returned either: gin would run
+// them unless the chain is aborted, and they would pay without a key, after a 500.
 func TestMountWithoutTheAdapterIsRefused(t *testing.T) {
 	t.Parallel()
 	next := func(idem *middleware.Middleware) gin.HandlerFunc {
