@@ -98,14 +98,22 @@ var (
 
 // wrongMount returns an error if the middleware is mounted in a framework by a bridge that can't
 // work. It imports neither gin nor fasthttp: it looks for a method that only gin's writer, or only
-// fasthttp's context, has. gin's handlers write to gin's own writer, and run after the middleware
-// unless the chain is aborted, which only a panic can do from here. fasthttp's adaptor runs its
-// handlers after the middleware, and reuses the memory of the key.
+// fasthttp's context, has, behind the writers and contexts of other middleware too. gin's handlers
+// write to gin's own writer, and run after the middleware unless the chain is aborted, which only a
+// panic can do from here. fasthttp's adaptor runs its handlers after the middleware, and reuses the
+// memory of the key.
 func wrongMount(w http.ResponseWriter, r *http.Request) error {
-	if _, ok := w.(interface{ WriteHeaderNow() }); ok {
-		return errGin
+	for {
+		if _, ok := w.(interface{ WriteHeaderNow() }); ok {
+			return errGin
+		}
+		wrapper, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		w = wrapper.Unwrap()
 	}
-	if _, ok := r.Context().(interface{ VisitUserValuesAll(func(key, value any)) }); ok {
+	if r.Context().Value(http.ServerContextKey) == nil && onFasthttp(r.Context()) { // net/http sets it
 		return errFasthttp
 	}
 	return nil

@@ -38,3 +38,25 @@ func mayCarryChiRoute(ctx context.Context) bool {
 		c = below
 	}
 }
+
+// onFasthttp reports whether fasthttp's context is at the bottom of the chain. Like mayCarryChiRoute
+// it looks only through the contexts of package context, whose first field is the one below. It
+// allocates nothing.
+func onFasthttp(ctx context.Context) bool {
+	fasthttps := reflect.TypeFor[interface{ VisitUserValuesAll(func(key, value any)) }]()
+	for c := reflect.ValueOf(ctx); c.IsValid(); {
+		switch {
+		case c.Kind() == reflect.Interface:
+			c = c.Elem()
+		case c.Type().Implements(fasthttps):
+			return true
+		case c.Kind() == reflect.Pointer:
+			c = c.Elem()
+		case c.Kind() == reflect.Struct && c.Type().PkgPath() == "context" && c.NumField() > 0:
+			c = c.Field(0)
+		default:
+			return false
+		}
+	}
+	return false
+}

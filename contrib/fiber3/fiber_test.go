@@ -511,6 +511,38 @@ func TestCustomCtx(t *testing.T) {
 	}
 }
 
+// The bridge is recognized behind other middleware too, which gives the request a context of its
+// own: otherwise Fiber would run the handlers after each request that the middleware has failed.
+func TestBridgeBehindOtherMiddlewareIsRefused(t *testing.T) {
+	t.Parallel()
+	s := mwtest.New(t, nil)
+	app := fiber.New()
+	app.Use(adaptor.HTTPMiddleware(func(next http.Handler) http.Handler {
+		inside := s.Middleware.Handler(next)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithCancel(context.WithValue(r.Context(), outerKey{}, 1))
+			defer cancel()
+			inside.ServeHTTP(w, r.WithContext(ctx))
+		})
+	}))
+	var runs atomic.Int32
+	app.Post("/", func(c fiber.Ctx) error {
+		runs.Add(1)
+		return c.Status(http.StatusCreated).SendString("paid")
+	})
+	url := serve(t, app)
+	for range 2 {
+		if got := post(t, url, "key-1"); !strings.HasPrefix(got, "500 not-executed") {
+			t.Errorf("%q, want 500", got)
+		}
+	}
+	if runs.Load() != 0 || len(s.Store.Ends()) != 0 {
+		t.Errorf("%d runs, ends %v: want none", runs.Load(), s.Store.Ends())
+	}
+}
+
+type outerKey struct{}
+
 func postForm(t *testing.T, url, key, form string) string {
 	t.Helper()
 	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, strings.NewReader(form))

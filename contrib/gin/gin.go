@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"reflect"
+	"slices"
 	"unsafe"
 
 	"github.com/gin-gonic/gin"
@@ -120,13 +121,14 @@ const ownWriter = "writermem"
 // state is a copy of a gin.Context from before the first run. It has all fields, because the
 // position in the chain is not exported.
 type state struct {
-	c     *gin.Context
-	saved reflect.Value
+	c      *gin.Context
+	saved  reflect.Value
+	params gin.Params // HandleContext writes over those of c
 }
 
 func snapshot(c *gin.Context) *state {
 	all := reflect.ValueOf(c).Elem()
-	s := &state{c, reflect.New(all.Type()).Elem()}
+	s := &state{c, reflect.New(all.Type()).Elem(), slices.Clone(c.Params)}
 	s.saved.Set(all)
 	c.Keys = maps.Clone(c.Keys) // the first run's; saved keeps the other
 	return s
@@ -135,7 +137,7 @@ func snapshot(c *gin.Context) *state {
 // Restore implements middleware.RouterState.
 func (s *state) Restore(ctx context.Context) context.Context {
 	reflect.ValueOf(s.c).Elem().Set(s.saved)
-	s.c.Keys = maps.Clone(s.c.Keys)
+	s.c.Keys, s.c.Params = maps.Clone(s.c.Keys), slices.Clone(s.params)
 	return ctx
 }
 

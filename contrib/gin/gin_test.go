@@ -333,6 +333,48 @@ func TestHandleContext(t *testing.T) {
 	}
 }
 
+// The second run finds the path's parameters although the first was routed again, to others.
+func TestHandleContextRunsAgain(t *testing.T) {
+	t.Parallel()
+	router := gin.New()
+	s := mwtest.New(t, nil)
+	s.Store.FailCommits(idempotency.ErrNotSerializable)
+	var accounts []string
+	router.POST("/v1/:account", ginidem.Middleware(s.Middleware), func(c *gin.Context) {
+		accounts = append(accounts, c.Param("account"))
+		c.Request.URL.Path = "/v2/changed"
+		router.HandleContext(c)
+	})
+	router.POST("/v2/:payment", func(c *gin.Context) { c.String(http.StatusCreated, "paid") })
+	if got := send(router, "/v1/alice", "key-1"); got != "201 executed paid" || fmt.Sprint(accounts) != "[alice alice]" {
+		t.Errorf("%q, accounts %v", got, accounts)
+	}
+}
+
+// gin's writer is recognized behind that of other middleware too.
+func TestMountBehindOtherMiddlewareIsRefused(t *testing.T) {
+	t.Parallel()
+	router := gin.New()
+	router.Use(gin.RecoveryWithWriter(io.Discard))
+	s := mwtest.New(t, nil)
+	router.Use(func(c *gin.Context) {
+		s.Middleware.Handler(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			c.Request = r
+			c.Next()
+		})).ServeHTTP(wrapper{c.Writer}, c.Request)
+		c.Abort()
+	})
+	router.POST("/", func(c *gin.Context) { c.String(http.StatusCreated, "paid") })
+	if got := send(router, "/", "key-1"); !strings.HasPrefix(got, "500 not-executed") || strings.HasSuffix(got, "paid") {
+		t.Errorf("%q, want 500", got)
+	}
+}
+
+// wrapper is a writer of other middleware.
+type wrapper struct{ http.ResponseWriter }
+
+func (w wrapper) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
 func logger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
 func account(*http.Request) (string, error) { return "acme", nil }
