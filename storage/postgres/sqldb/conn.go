@@ -291,7 +291,13 @@ type nestedTx struct {
 
 func (t *nestedTx) Commit() error { return t.end((*sealed.Tx).Commit) }
 
-func (t *nestedTx) Rollback() error { return t.end((*sealed.Tx).Rollback) }
+// Rollback may be called by database/sql, at any time after the context has ended.
+func (t *nestedTx) Rollback() error {
+	if t.ctx.Err() != nil {
+		return t.end((*sealed.Tx).RollbackLate)
+	}
+	return t.end((*sealed.Tx).Rollback)
+}
 
 // endTimeout bounds Commit and Rollback of a sql.Tx. Its own context may have ended by then.
 const endTimeout = 2 * time.Second

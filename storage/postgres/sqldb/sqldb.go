@@ -28,7 +28,9 @@
 //
 // A handler has one connection, for one goroutine at a time. A call on the *sql.DB while a sql.Tx of
 // the handler is open, and any call while rows are open, gets [postgres.ErrBusy]. A sql.Tx or rows
-// that are open when the handler returns fail the request.
+// that are open when the handler returns fail the request. If a context ends, database/sql undoes
+// its sql.Tx later, at a time of its own. If calls on postgres.Tx or messages are part of it by then,
+// it is not undone, and the request fails.
 //
 // COMMIT, ROLLBACK and several statements in one string are refused, with [postgres.ErrSealed].
 // BeginTx refuses ReadOnly, and a level above the store's. PrepareContext sends nothing: an error in

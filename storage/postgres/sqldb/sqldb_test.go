@@ -843,3 +843,37 @@ func TestLongTextGoesAlone(t *testing.T) {
 		}), idempotency.OutcomeExecuted)
 	}
 }
+
+// database/sql undoes a sql.Tx some time after its context has ended. What the handler did meanwhile
+// by other means is never undone unseen: the request fails.
+func TestContextThatEndedUndoesNothingElse(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	for name, other := range map[string]func(ctx context.Context) error{
+		"pgx": func(ctx context.Context) error {
+			_, err := postgres.Tx(ctx).Exec(ctx, insert, "other")
+			return err
+		},
+		"message": func(ctx context.Context) error {
+			return message.Publish(ctx, "m", message.Message{Topic: "bookings"})
+		},
+		"deferred": func(ctx context.Context) error { return postgres.DeferExec(ctx, insert, "other") },
+	} {
+		b.want(t, b.do(t, name, func(ctx context.Context) int {
+			short, cancel := context.WithCancel(ctx)
+			defer cancel()
+			tx, err := b.db.BeginTx(short, nil)
+			must(t, err)
+			must(t, tx.QueryRowContext(ctx, "SELECT 1").Scan(new(int)))
+			must(t, other(ctx)) // as if it came after cancel, and before database/sql noticed
+			cancel()
+			for deadline := time.Now().Add(30 * time.Second); b.db.Stats().InUse > 0; time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatal("the sql.Tx is still open")
+				}
+			}
+			return 201
+		}), idempotency.OutcomeNotExecuted)
+	}
+	b.wantNames(t, "")
+}

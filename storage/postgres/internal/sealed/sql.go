@@ -56,9 +56,24 @@ func (tx *Tx) BeginExclusive(ctx context.Context) (_ *Tx, err error) {
 	return tx.push(savepoint{exclusive: true}), nil
 }
 
+// RollbackLate is Rollback at a time that the handler did not choose. It refuses if a handle from
+// outside was used since the savepoint was opened, because it might undo what the handler did after
+// it was done with the savepoint. Then the savepoint stays open, which fails the handler.
+func (tx *Tx) RollbackLate(ctx context.Context) error {
+	if err := tx.use(); err != nil {
+		return err
+	}
+	shared := tx.savepoints[tx.depth()].shared
+	tx.give()
+	if shared {
+		return fmt.Errorf("%w: the context of a sql.Tx has ended, but other calls of the handler are part of it", ErrBusy)
+	}
+	return tx.Rollback(ctx)
+}
+
 // useSQL is like use, but returns ErrBusy while another handle is exclusive or rows are open.
 func (tx *Tx) useSQL() error {
-	if err := tx.use(); err != nil {
+	if err := tx.enter(); err != nil {
 		return err
 	}
 	exclusive := 0

@@ -62,6 +62,7 @@ type savepoint struct {
 	unsent    int    // index of its SAVEPOINT among the unsent statements; negative if it was sent
 	name      string // that SQL text gave it; "" if Begin opened it
 	exclusive bool   // see Tx.BeginExclusive
+	shared    bool   // a handle from outside of it was used since
 	failure   error  // of the transaction when it was opened: ROLLBACK TO restores it
 
 	// Of the deferred statements and the messages when it was opened.
@@ -243,6 +244,18 @@ func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.settings.Pool == pool &
 
 // use begins a use through this handle.
 func (tx *Tx) use() error {
+	if err := tx.enter(); err != nil {
+		return err
+	}
+	for i := range tx.savepoints {
+		s := &tx.savepoints[i]
+		s.shared = s.shared || s.number > tx.savepoint
+	}
+	return nil
+}
+
+// enter is use without a note in the savepoints that were opened since the handle's own.
+func (tx *Tx) enter() error {
 	if err := tx.transaction.use(); err != nil {
 		return err
 	}
