@@ -167,7 +167,12 @@ func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err e
 	if stale {
 		return fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
 	}
-	return fail("claim", classify(err), err)
+	sentinel := classify(err)
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "42703" || pgErr.Code == "3F000") {
+		err = explain(err, "the records' table is missing or older than this version: run the migrations (migrations.Up, idemctl migrate up), or name its schema")
+	}
+	return fail("claim", sentinel, err)
 }
 
 // Context implements [idempotency.Attempt].

@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -14,13 +15,18 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
+// A service that runs without its migrations learns the remedy from its first request.
 func TestMissingTableIsUnavailable(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	if _, err := b.pool.Exec(context.Background(), "DROP TABLE idempotency_keys"); err != nil {
 		t.Fatal(err)
 	}
-	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	result := b.do(t, request("k", ""), pay(t, 201))
+	want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	if text := fmt.Sprint(result.Err); !strings.Contains(text, "run the migrations") {
+		t.Errorf("the error names no remedy: %s", text)
+	}
 }
 
 // The service may start before its first migration; its connections work as soon as the table
