@@ -234,8 +234,8 @@ func snapshot(c fiber.Ctx) *state {
 	return s
 }
 
-// holdsDefaultCtx reports whether a copy of the value has all of Fiber's state: the second run of a
-// chain that is not taken back ends in a 404.
+// holdsDefaultCtx reports whether a copy of a value of this type has all of Fiber's state. Without
+// it the place in the chain can't be restored, and a second run would end in a 404.
 func holdsDefaultCtx(ctx reflect.Type) bool {
 	if ctx == reflect.TypeFor[fiber.DefaultCtx]() {
 		return true

@@ -36,8 +36,9 @@ func Fingerprint(method string, message proto.Message, field protoreflect.Name) 
 }
 
 // FingerprintAt is the FingerprintAt of an [idempotency.Request] for a call. For the record of an
-// HTTP request it returns a fingerprint that equals no other: the key is a mismatch. Only HTTP has
-// functions of a service's own.
+// HTTP request it returns a fingerprint that equals no other: the key is a mismatch. The versions
+// from FingerprintVersionUserMin on are HTTP's too, because calls have no fingerprint functions of
+// the service's own.
 func FingerprintAt(version int16) (idempotency.Fingerprint, bool) {
 	ofHTTP := version == idempotency.FingerprintVersionHTTP || version >= idempotency.FingerprintVersionUserMin
 	return idempotency.Fingerprint{Version: version}, ofHTTP

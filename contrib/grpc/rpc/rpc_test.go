@@ -368,8 +368,8 @@ func TestNoSideEffects(t *testing.T) {
 	}
 }
 
-// A key that was used over HTTP is a mismatch, whoever's function made the fingerprint. What is not
-// known, as a version of a later release, is not decided.
+// A key that was used by HTTP is a mismatch, whether a built-in function or the service's own made
+// the fingerprint. An unknown version, such as one of a later release, is left undecided.
 func TestRecordOfHTTPIsAMismatch(t *testing.T) {
 	t.Parallel()
 	for version, want := range map[int16]bool{

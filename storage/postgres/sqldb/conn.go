@@ -40,7 +40,7 @@ func (namelessDriver) Open(string) (driver.Conn, error) {
 
 // Limits of the SQL texts that are remembered.
 const (
-	textsMax     = 1024 // of a set, which is emptied before it would get larger
+	textsMax     = 1024 // maximum size of texts, which is emptied before it would get larger
 	textBytesMax = 4096 // a longer text goes alone each time
 )
 
@@ -50,7 +50,8 @@ type texts struct {
 	known map[string]*sealed.Ran
 }
 
-// get returns nil for a text that did not run, or is not remembered.
+// get returns the Ran of a text, sealed.Alone for one that is too long to be remembered, and nil
+// for any other that is not remembered.
 func (t *texts) get(text string) *sealed.Ran {
 	if len(text) > textBytesMax {
 		return sealed.Alone

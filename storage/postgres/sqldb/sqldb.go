@@ -22,7 +22,8 @@
 // so a transaction that a library opens around each write costs no round trip. The exceptions are a
 // text that has not run behind a SAVEPOINT before in this process, a text of more than 4096 bytes,
 // and a query that returns a numeric, an array or another type that pgx reads in binary format:
-// SAVEPOINT is then a round trip of its own.
+// SAVEPOINT is then a round trip of its own. The first run of a text with arguments behind a
+// SAVEPOINT may cost one more, to ask for the types of its parameters.
 //
 // # What differs from another *sql.DB
 //

@@ -96,20 +96,20 @@ func (tx *Tx) useSQL() error {
 // Rows are the rows of a query.
 type Rows = handlerRows
 
-// Ran is what Run and Rows need to know of a statement to send it together with unsent statements:
-// that it ran before, since a text that can't be prepared would fail the transaction before its
-// savepoint, and the types of its parameters, since pgx closes the connection if an argument in a
-// batch can't be encoded.
+// Ran states that a statement has run before in this process, and has the types of its parameters.
+// With it Run and Rows can send the statement together with unsent statements. Otherwise a text
+// that can't be prepared would fail the transaction before its savepoint, and pgx would close the
+// connection if an argument in a batch can't be encoded.
 type Ran struct {
 	parameters []uint32
 	alone      bool
 }
 
-// Alone stands for a statement that must not go together with others.
+// Alone is the Ran of a statement that must not be sent together with others.
 var Alone = &Ran{alone: true}
 
-// Run runs a statement and returns its tag. before is what an earlier Run of the text returned, or
-// nil. ran is nil if nothing was learned.
+// Run runs a statement and returns its tag. before is the Ran that an earlier run of the text
+// returned, or nil. ran is the one for later runs, or nil if this run does not tell.
 func (tx *Tx) Run(ctx context.Context, before *Ran, sql string, arguments []any) (tag pgconn.CommandTag, ran *Ran, err error) {
 	if err := tx.useSQL(); err != nil {
 		return tag, nil, err
@@ -175,9 +175,9 @@ func (tx *Tx) describes() bool {
 	return false
 }
 
-// settleFor is settle in front of a statement. It returns what is to be known of the statement once
-// it has run. It asks the server for the types of the parameters only if there were statements to
-// settle, since the others have no use for them: a round trip, once for each text.
+// settleFor is settle in front of a statement. It returns the statement's Ran, which counts once
+// the statement has run. If there were statements to settle and there are arguments, it asks the
+// server for the types of the parameters: a round trip, once for each text.
 func (tx *Tx) settleFor(ctx context.Context, before *Ran, sql string, arguments []any) (*Ran, error) {
 	settles := len(tx.unsent) > 0
 	if err := tx.settle(ctx); err != nil {
