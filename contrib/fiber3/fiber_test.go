@@ -543,6 +543,26 @@ func TestBridgeBehindOtherMiddlewareIsRefused(t *testing.T) {
 
 type outerKey struct{}
 
+// A net/http handler finds the transaction in Fiber's context, and not in its own.
+func TestNetHTTPHandlerInside(t *testing.T) {
+	t.Parallel()
+	s := mwtest.New(t, nil)
+	app := fiber.New()
+	app.Post("/", fiberidem.Middleware(s.Middleware), adaptor.HTTPHandlerWithContext(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, ok := adaptor.LocalContextFromHTTPRequest(r)
+		if !ok {
+			panic("Fiber's context is missing")
+		}
+		if err := s.Store.Write(ctx); err != nil {
+			panic(err)
+		}
+		w.WriteHeader(http.StatusPaymentRequired)
+	})))
+	if got := post(t, serve(t, app), "key-1"); got != "402 executed " || s.Store.Written() != 0 {
+		t.Errorf("%q, %d writes; want 402, and none", got, s.Store.Written())
+	}
+}
+
 func postForm(t *testing.T, url, key, form string) string {
 	t.Helper()
 	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, strings.NewReader(form))
