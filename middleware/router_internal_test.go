@@ -63,3 +63,23 @@ func TestChiIsFoundBelowEveryContext(t *testing.T) {
 		}
 	}
 }
+
+// fasthttp's context is found below each kind of context that package context makes.
+func TestFasthttpBelowOtherContexts(t *testing.T) {
+	t.Parallel()
+	for name, bottom := range map[string]context.Context{"fasthttp": fasthttps{t.Context()}, "net/http": t.Context()} {
+		ctx, cancel := context.WithCancel(context.WithValue(bottom, routeKey{}, 1))
+		defer cancel()
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if got := onFasthttp(ctx); got != (name == "fasthttp") {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
+
+type routeKey struct{}
+
+type fasthttps struct{ context.Context }
+
+func (fasthttps) VisitUserValuesAll(func(key, value any)) {}
