@@ -29,6 +29,7 @@ type examiner struct {
 	at      time.Time // of the answer to a
 	id      identity
 	latency time.Duration // the longer one of the first two requests
+	lag     time.Duration // until an effect is counted, the longest so far
 
 	refusals  []*answer // of a missing key, of another body, of copies at once
 	conflicts []*answer // answers with 409 to copies at once
@@ -70,6 +71,7 @@ func (e *examiner) cases() []oneCase {
 		{"another body", e.examineMismatch},
 		{"keys that are none", e.examineKeys},
 		{"keys in capitals", e.examineCase},
+		{"long keys", e.examineWhole},
 		{"a second caller", e.examineScope},
 		{"quoted keys", e.examineQuoting},
 		{caseCopies, e.examineCopies},
@@ -165,6 +167,19 @@ func (e *examiner) first(ctx context.Context, l *logical) (err error) {
 	return err
 }
 
+// firstCounted is first, and waits for the effect, so that it does not count in what comes next.
+func (e *examiner) firstCounted(ctx context.Context, l *logical) error {
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	if err := e.first(ctx, l); err != nil || !l.answer.ok() {
+		return err
+	}
+	_, err = c.added(ctx, 1)
+	return err
+}
+
 // retry sends the same request again and returns its answer.
 func (e *examiner) retry(ctx context.Context, l *logical) (*answer, error) {
 	return e.client.send(ctx, l.request)
@@ -251,13 +266,14 @@ func (e *examiner) byOr(unseen string) string {
 	return e.by() + "; " + unseen + " that no answer tells of is only seen with --effects-url"
 }
 
-// slow is the latency above which a case has fewer rounds, to stay within the time.
+// slow is the latency, of an answer and its effect's count together, above which a case has fewer
+// rounds, to stay within the time.
 const slow = 500 * time.Millisecond
 
 // rounds returns the number of rounds of a case: fewer if the API is slow.
 func (e *examiner) rounds(n int) int {
 	const slowRounds = 3
-	if e.latency > slow {
+	if e.latency+e.lag > slow {
 		return slowRounds
 	}
 	return n
@@ -301,7 +317,7 @@ func (e *examiner) examineFirst(ctx context.Context) error {
 		return fmt.Errorf("a second request with another key was answered with %v, and must be answered with 2xx: %s", e.b.answer, e.b.answer.line)
 	}
 	e.latency = max(e.a.answer.took, e.b.answer.took)
-	e.id = identityOf(e.a.answer, e.b.answer, e.bodies.values)
+	e.id = identityOf(e.a.answer, e.b.answer, [][]string{append(slices.Clone(e.bodies.values[0]), e.a.key), append(slices.Clone(e.bodies.values[1]), e.b.key)})
 	right, err := e.judgeEffects(ctx, ruleFirst, c, 2, []*answer{e.a.answer, e.b.answer}, "two requests with a key each (unless the number counts something else)", lines(e.a.answer, e.b.answer))
 	if err != nil {
 		return err
@@ -368,8 +384,12 @@ func (e *examiner) examineAtOnce(ctx context.Context) error {
 		if second.status == http.StatusConflict {
 			e.fail(ruleNo409, lines(first, second), "the retry came after the answer was received in full, and got 409")
 			e.skip(ruleAtOnce, "the retry got 409")
-			if _, err := e.settled(ctx, l); err != nil {
+			again, err := e.settled(ctx, l)
+			if err != nil {
 				return err
+			}
+			if again.busy() { // the other rounds would only take as long
+				return nil
 			}
 			continue
 		}
@@ -461,7 +481,7 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 		return nil
 	}
 	l := e.new()
-	if err := e.first(ctx, l); err != nil {
+	if err := e.firstCounted(ctx, l); err != nil {
 		return err
 	}
 	if !l.answer.ok() {
@@ -506,9 +526,17 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 	if right {
 		e.pass(ruleMismatchNone, "another body under a used key had no effect, %s", e.byOr("an effect"))
 	}
+	if c, err = e.count(ctx); err != nil {
+		return err
+	}
 	again, err := e.retry(ctx, l)
 	if err != nil {
 		return err
+	}
+	if again.ok() && !e.isReplay(again, l.answer) { // its effect does not count in the next case
+		if _, err := c.added(ctx, 1); err != nil {
+			return err
+		}
 	}
 	if broken := e.notReplayed(); broken != "" {
 		e.skip(ruleMismatchKeeps, "retries are no replays in any case: %s", broken)
@@ -529,7 +557,7 @@ func (e *examiner) otherBody(ctx context.Context) ([]byte, error) {
 	}
 	for _, body := range e.bodies.others() {
 		l := e.with(e.Header, newUUID(), body)
-		if err := e.first(ctx, l); err != nil {
+		if err := e.firstCounted(ctx, l); err != nil {
 			return nil, err
 		}
 		if l.answer.ok() {
@@ -598,7 +626,7 @@ func (e *examiner) examineKeys(ctx context.Context) error {
 		return nil
 	}
 	l := e.with(e.Header, newUUID()+long[:keyLengthMax-36], e.bodies.next())
-	if err := e.first(ctx, l); err != nil {
+	if err := e.firstCounted(ctx, l); err != nil {
 		return err
 	}
 	if l.answer.refused() {
@@ -616,7 +644,7 @@ const declined = "a request with a new key was answered with %v"
 // more, and nil if it does.
 func (e *examiner) declines(ctx context.Context) (*answer, error) {
 	l := e.new()
-	if err := e.first(ctx, l); err != nil || l.answer.ok() {
+	if err := e.firstCounted(ctx, l); err != nil || l.answer.ok() {
 		return nil, err
 	}
 	return l.answer, nil
@@ -625,7 +653,7 @@ func (e *examiner) declines(ctx context.Context) (*answer, error) {
 // examineCase sends a new request under the capitals of a used key.
 func (e *examiner) examineCase(ctx context.Context) error {
 	l := e.new()
-	if err := e.first(ctx, l); err != nil {
+	if err := e.firstCounted(ctx, l); err != nil {
 		return err
 	}
 	if !l.answer.ok() {
@@ -633,7 +661,51 @@ func (e *examiner) examineCase(ctx context.Context) error {
 		return nil
 	}
 	capitals := e.with(e.Header, strings.ToUpper(l.key), e.bodies.next())
+	// An API may allow keys in small letters only, such as canonical UUIDs.
+	unused := e.with(e.Header, strings.ToUpper(newUUID()), e.bodies.next())
+	if err := e.firstCounted(ctx, unused); err != nil {
+		return err
+	}
+	if unused.answer.refused() {
+		control, err := e.declines(ctx)
+		switch {
+		case err != nil:
+			return err
+		case control != nil:
+			e.skip(ruleCase, declined, control)
+		default:
+			e.pass(ruleCase, "keys in capitals are refused: a new one got %v", unused.answer)
+		}
+		return nil
+	}
 	return e.judgeOwn(ctx, ruleCase, capitals, l.answer, e.EffectsURL != nil, "a new request under the capitals of a used key")
+}
+
+// examineWhole sends two requests whose long keys differ in the last character only.
+func (e *examiner) examineWhole(ctx context.Context) error {
+	long := newUUID() + strings.Repeat("k", keyLengthMax-37)
+	l := e.with(e.Header, long+"a", e.bodies.next())
+	if err := e.firstCounted(ctx, l); err != nil {
+		return err
+	}
+	switch {
+	case l.answer.refused():
+		control, err := e.declines(ctx)
+		switch {
+		case err != nil:
+			return err
+		case control != nil:
+			e.skip(ruleWhole, declined, control)
+		default:
+			e.pass(ruleWhole, "a key of %d characters is refused with %v", keyLengthMax, l.answer)
+		}
+		return nil
+	case !l.answer.ok():
+		e.skip(ruleWhole, "a key of %d characters got %v", keyLengthMax, l.answer)
+		return nil
+	}
+	return e.judgeOwn(ctx, ruleWhole, e.with(e.Header, long+"b", e.bodies.next()), l.answer, e.EffectsURL != nil,
+		fmt.Sprintf("a new request under a key that differs from a used one only in the last of %d characters", keyLengthMax))
 }
 
 // judgeOwn sends a request that must be executed, although it resembles an answered one. If counted
@@ -684,7 +756,7 @@ func (e *examiner) examineScope(ctx context.Context) error {
 	}
 	const what = "a second caller's request under the first caller's key"
 	own, l := e.ofSecond(newUUID(), e.bodies.next()), e.new()
-	if err := e.first(ctx, l); err != nil {
+	if err := e.firstCounted(ctx, l); err != nil {
 		return err
 	}
 	if !l.answer.ok() {
@@ -752,6 +824,10 @@ func (e *examiner) examineQuoting(ctx context.Context) error {
 	if !e.quoted {
 		other = `"` + other + `"`
 	}
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
 	a, err := e.client.send(ctx, e.request(e.Header, e.a.body, other))
 	if err != nil {
 		return err
@@ -765,6 +841,9 @@ func (e *examiner) examineQuoting(ctx context.Context) error {
 		e.pass(ruleQuoting, "the quoted key and the bare one are the same")
 	default:
 		e.fail(ruleQuoting, lines(e.a.answer, a), "the quoted key and the bare one are two keys: a client that changes its spelling is executed twice")
+		if _, err := c.added(ctx, 1); err != nil { // it does not count in the next case
+			return err
+		}
 	}
 	return nil
 }

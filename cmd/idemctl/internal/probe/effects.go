@@ -57,6 +57,9 @@ func numberAt(document []byte, pointer string) (int64, error) {
 		if n, err := at.Int64(); err == nil {
 			return n, nil
 		}
+		if n, err := at.Float64(); err == nil && n == float64(int64(n)) { // 5.0, in some languages
+			return int64(n), nil
+		}
 	case []any:
 		return int64(len(at)), nil
 	case nil: // an empty list, in some languages
@@ -86,26 +89,37 @@ func (e *examiner) count(ctx context.Context) (*counter, error) {
 func (c *counter) known() bool { return c.e.EffectsURL != nil }
 
 // added returns the number of effects since the count began. If there are fewer than want, it waits
-// for late ones. If there are as many, it counts once more, to find one too many.
+// for late ones. If there are as many, it counts once more, to find one too many. The pause before
+// is longer if effects were counted late so far.
 func (c *counter) added(ctx context.Context, want int64) (int64, error) {
 	if !c.known() {
 		return want, nil
 	}
-	settled := false
-	for deadline := time.Now().Add(c.e.EffectsWait); ; {
+	settled, began := false, time.Now()
+	for deadline := began.Add(c.e.EffectsWait); ; {
 		now, err := c.e.effects(ctx)
 		if err != nil {
 			return 0, err
 		}
 		n := now - c.before
 		switch {
-		case n > want, n == want && settled:
+		case n == want && settled:
 			return n, nil
+		case n > want: // let the others arrive, so that they do not count in the next case
+			return n, sleep(ctx, c.e.lag)
 		case n < want && time.Now().After(deadline):
 			return n, nil
 		}
-		settled = n == want
-		if err := sleep(ctx, c.e.Settle); err != nil {
+		pause := c.e.Settle
+		if settled = n == want; settled {
+			if want > 0 { // those that came together are counted almost together
+				c.e.lag = max(c.e.lag, time.Since(began))
+				pause += c.e.lag / 2
+			} else {
+				pause += c.e.lag
+			}
+		}
+		if err := sleep(ctx, pause); err != nil {
 			return 0, err
 		}
 	}
@@ -150,32 +164,50 @@ func (a *answer) leaves() []leaf {
 type identity []string
 
 // identityOf finds these paths by the answers to two logical requests. The values there differ, and
-// do not echo the values that were filled in for placeholders. If some are a Location or have the
-// name id or uuid, only those count.
+// do not echo what was filled in for the requests: their keys and placeholders. If some are a
+// Location or have the name id or uuid, only those count. If others are named like payment_id, only
+// those count.
 func identityOf(a, b *answer, filledIn [][]string) identity {
 	second := map[string]string{}
 	for _, l := range b.leaves() {
 		second[l.path] = l.value
 	}
-	var ids, others identity
+	var ids, named, others identity
 	for _, l := range a.leaves() {
 		other, found := second[l.path]
 		if !found || other == l.value {
 			continue
 		}
-		name := strings.ToLower(l.path[strings.LastIndexByte(l.path, '/')+1:])
+		spelled := l.path[strings.LastIndexByte(l.path, '/')+1:]
+		name := strings.ToLower(spelled)
 		switch {
 		case echoes(l.value, filledIn[0]) && echoes(other, filledIn[1]):
 		case l.path == "Location" || name == "id" || name == "uuid":
 			ids = append(ids, l.path)
+		case namedAsID(spelled):
+			named = append(named, l.path)
 		default:
 			others = append(others, l.path)
 		}
 	}
-	if len(ids) > 0 {
+	switch {
+	case len(ids) > 0:
 		return ids
+	case len(named) > 0:
+		return named
 	}
 	return others
+}
+
+// namedAsID reports whether a name is like payment_id or paymentId. Ids of one answer are none.
+func namedAsID(name string) bool {
+	lower := strings.ToLower(name)
+	for _, of := range []string{"request", "trace", "span", "correlation"} {
+		if strings.Contains(lower, of) {
+			return false
+		}
+	}
+	return strings.HasSuffix(lower, "_id") || strings.HasSuffix(name, "Id") || strings.HasSuffix(name, "ID") || strings.HasSuffix(lower, "uuid")
 }
 
 // echoes reports whether a value of an answer is one that was filled in, or contains a long one.

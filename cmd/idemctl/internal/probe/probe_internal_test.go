@@ -15,8 +15,8 @@ import (
 
 func TestNumberAt(t *testing.T) {
 	t.Parallel()
-	const document = `{"a/b":{"~c":[1,2]},"n":7,"x":1.5,"list":[{},{},{}],"null":null,"":{"":3}}`
-	for pointer, want := range map[string]int64{"/n": 7, "/a~1b/~0c/1": 2, "/list": 3, "/null": 0, "//": 3} {
+	const document = `{"a/b":{"~c":[1,2]},"n":7,"x":1.5,"list":[{},{},{}],"null":null,"":{"":3},"f":7.0}`
+	for pointer, want := range map[string]int64{"/n": 7, "/a~1b/~0c/1": 2, "/list": 3, "/null": 0, "//": 3, "/f": 7} {
 		if got, err := numberAt([]byte(document), pointer); got != want || err != nil {
 			t.Errorf("%q: %d, %v, want %d", pointer, got, err, want)
 		}
@@ -94,6 +94,7 @@ func TestIdentity(t *testing.T) {
 		"an echo":               {made("", `{"amount":1,"text":"order 0198c0de-4b1e-4a3c-9d02-2f6a81c0e7d4"}`), made("", `{"amount":3,"text":"order 0198c0de-4b1e-4a3c-9d02-2f6a81c0e7d5"}`), nil},
 		"the client's id":       {made("", `{"id":"0198c0de-4b1e-4a3c-9d02-2f6a81c0e7d4"}`), made("", `{"id":"0198c0de-4b1e-4a3c-9d02-2f6a81c0e7d5"}`), nil},
 		"text":                  {made("", "payment 1"), made("", "payment 2"), []string{"body"}},
+		"named as ids are":      {made("", `{"payment_id":1,"request_id":7,"at":"x"}`), made("", `{"payment_id":2,"request_id":8,"at":"y"}`), []string{"/payment_id"}},
 		"the same text":         {made("", "paid"), made("", "paid"), nil},
 		"no body":               {made("", ""), made("", ""), nil},
 	} {

@@ -137,6 +137,9 @@ func TestEachFaultIsFound(t *testing.T) {
 		{fault: takesFirstLine, broken: []string{"key-twice"}},
 		{fault: joinsLines, broken: []string{"key-twice"}},
 		{fault: ignoresCase, broken: []string{"key-case-sensitive"}},
+		{fault: truncatesKeys, broken: []string{"key-whole"}},
+		{fault: onlySmallLetters},
+		{fault: countsLate},
 		{fault: cutLosesEffect, byCount: []string{"cut-one-effect"}},
 		{fault: cutDoublesEffect, byCount: []string{"cut-one-effect"}},
 		{fault: cutSticks, broken: []string{"cut-answered"}, unjudged: []string{"cut-one-effect"}},
@@ -244,6 +247,17 @@ func TestAdvisoryRulesBreakNothing(t *testing.T) {
 	}
 }
 
+// A key in an answer is no id: it differs between requests without any effect.
+func TestEchoOfTheKeyIsNoID(t *testing.T) {
+	t.Parallel()
+	config := configOf(t, newServer(forgetsEchoesKey))
+	config.EffectsURL, config.EffectsPath = nil, ""
+	report := run(t, config)
+	if got := verdicts(report, probe.LevelBinding, probe.VerdictSkip); !slices.Contains(got, "replay-one-effect") || !slices.Contains(got, "copies-one-effect") {
+		t.Errorf("not judged: %q\n%s", got, text(t, report))
+	}
+}
+
 // A rule that can't be judged is not ok, if it is binding.
 func TestWhatCanNotBeJudged(t *testing.T) {
 	t.Parallel()
@@ -278,7 +292,7 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 					w.WriteHeader(recorder.Code)
 				})
 			},
-			unjudged: []string{"first-one-effect", "replay-one-effect", "replay-at-once", "mismatch-no-effect", "key-case-sensitive", "key-scoped", "copies-one-effect", "cut-one-effect"},
+			unjudged: []string{"first-one-effect", "replay-one-effect", "replay-at-once", "mismatch-no-effect", "key-case-sensitive", "key-whole", "key-scoped", "copies-one-effect", "cut-one-effect"},
 			says:     "--effects-url",
 		},
 		"all but the first are declined": {
@@ -287,7 +301,7 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 				var paid []string
 				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					// What is no key is refused by next.
-					if key := r.Header.Values("Idempotency-Key"); len(key) == 1 && len(key[0]) > 2 && len(key[0]) < 255 {
+					if key := r.Header.Values("Idempotency-Key"); len(key) == 1 && len(key[0]) > 2 && len(key[0]) <= len(`""`)+255 {
 						mu.Lock()
 						if len(paid) < 2 {
 							paid = append(paid, key[0])
@@ -304,7 +318,7 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 					next.ServeHTTP(w, r)
 				})
 			},
-			unjudged: []string{"replay-at-once", "no-409-after-answer", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "key-case-sensitive", "key-scoped", "copies-one-effect", "copies-answer", "cut-one-effect", "cut-answered"},
+			unjudged: []string{"replay-at-once", "no-409-after-answer", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "key-case-sensitive", "key-whole", "key-scoped", "copies-one-effect", "copies-answer", "cut-one-effect", "cut-answered"},
 			says:     "answered with 402",
 		},
 		"everything is refused": {

@@ -31,6 +31,7 @@ const (
 	ruleTooLong       = "key-too-long"
 	ruleTwice         = "key-twice"
 	ruleCase          = "key-case-sensitive"
+	ruleWhole         = "key-whole"
 	ruleScoped        = "key-scoped"
 	ruleStatus        = "replay-status"
 	ruleBody          = "replay-body"
@@ -95,6 +96,7 @@ var rules = func() []rule {
 		{ruleTooLong, B, B, B, draft + "section 5 (validate the key as published); the limit is that of most services, such as Stripe", stripe},
 		{ruleTwice, B, A, B, draft + "section 2.1; RFC 8941, section 4.2", ""},
 		{ruleCase, B, B, B, draft + "section 2.1; RFC 8941, section 3.3.3", ""},
+		{ruleWhole, B, B, B, draft + "section 2.1; RFC 8941, section 3.3.3", ""},
 		{ruleScoped, B, B, B, draft + "section 5 (composite key)", ""},
 		{ruleCopies, B, B, B, draft + "sections 1 and 2.6 (concurrent request)", stripe},
 		{ruleCopiesAnswer, B, B, B, draft + "sections 2.6 (concurrent request) and 2.7", stripe},

@@ -45,6 +45,10 @@ const (
 	takesFirstLine         fault = "of two header lines the first counts"
 	joinsLines             fault = "two header lines are joined"
 	ignoresCase            fault = "keys are compared without case"
+	truncatesKeys          fault = "the first 64 characters of a key count"
+	onlySmallLetters       fault = "nothing, and keys in capitals are refused"
+	countsLate             fault = "nothing, and effects are counted late"
+	forgetsEchoesKey       fault = "nothing is recorded, and answers have the key and no id"
 	cutLosesEffect         fault = "the effect of a request that was cut off is lost, and its answer recorded"
 	cutDoublesEffect       fault = "the claim of a request that was cut off ends before its effect"
 	cutSticks              fault = "the claim of a request that was cut off stays"
@@ -61,6 +65,7 @@ type server struct {
 	records  map[string]*record // by caller and key
 	keys     int                // that were new
 	effects  int
+	shown    int // effects, at the next reading of countsLate
 	ids      int
 	step     string
 	stepKeys int // new keys in this step
@@ -104,7 +109,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		w.Header().Set("Content-Type", "application/json")
-		_, _ = fmt.Fprintf(w, `{"data":{"made/of":[{"effects":%d}]}}`, s.effects)
+		shown := s.effects
+		if s.fault == countsLate { // the next reading shows it
+			shown, s.shown = s.shown, s.effects
+		}
+		_, _ = fmt.Fprintf(w, `{"data":{"made/of":[{"effects":%d}]}}`, shown)
 		return
 	}
 	body, _ := io.ReadAll(r.Body)
@@ -125,8 +134,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.fault == notScoped || s.fault == notScopedMismatch {
 		name = key
 	}
-	if s.fault == ignoresCase {
+	switch s.fault {
+	case ignoresCase:
 		name = strings.ToLower(name)
+	case truncatesKeys:
+		name = caller + "\x00" + key[:min(len(key), 64)]
 	}
 	rec := s.records[name]
 	if rec == nil {
@@ -170,6 +182,8 @@ func (s *server) key(values []string) (key string, refusal int) {
 		return "", 400
 	case len(key) > 255 && s.fault != acceptsLong:
 		return "", 400
+	case s.fault == onlySmallLetters && strings.ToLower(key) != key:
+		return "", 400
 	case strings.ContainsFunc(key, func(r rune) bool { return r > '~' }):
 		return "", 400
 	}
@@ -183,18 +197,21 @@ func (s *server) first(w http.ResponseWriter, r *http.Request, name string, rec 
 	switch {
 	case s.step == "copies at once" && s.fault == checkThenAct:
 		s.await(ctx, func() bool { return rec.passed > 1 })
-	case s.step == "copies at once" && s.fault != forgets:
+	case s.step == "copies at once" && s.fault != forgets && s.fault != forgetsEchoesKey:
 		s.await(ctx, copied)
 	case s.step == "cut connections" && s.stepKeys == 1: // the first one is cut off at once
 		s.cut(ctx, name, rec)
 		return
 	}
 	s.execute(rec)
+	if s.fault == forgetsEchoesKey {
+		rec.answer, rec.location = fmt.Sprintf(`{"state":"paid","key":%q}`, name[strings.IndexByte(name, 0)+1:]), ""
+	}
 	if s.fault == executesTwice {
 		s.effects++
 	}
 	switch s.fault {
-	case forgets:
+	case forgets, forgetsEchoesKey:
 		delete(s.records, name)
 	case answersBeforeRecording:
 		rec.sent = true
@@ -217,7 +234,7 @@ func (s *server) cut(ctx context.Context, name string, rec *record) {
 		s.execute(rec)
 		s.effects--
 		rec.recorded = true
-	case cutDoublesEffect, forgets:
+	case cutDoublesEffect, forgets, forgetsEchoesKey:
 		s.effects++
 		delete(s.records, name)
 	case cutSticks:
