@@ -783,6 +783,24 @@ type laterError struct{ wait time.Duration }
 
 func (e *laterError) Error() string { return fmt.Sprintf("its handler asked for %v", e.wait) }
 
+// withoutWords returns text with the SQLSTATE in place of each error of PostgreSQL that err wraps.
+func withoutWords(text string, err error) string {
+	switch e := err.(type) {
+	case interface { // pgconn.PgError
+		error
+		SQLState() string
+	}:
+		return strings.ReplaceAll(text, e.Error(), "SQLSTATE "+e.SQLState())
+	case interface{ Unwrap() error }:
+		return withoutWords(text, e.Unwrap())
+	case interface{ Unwrap() []error }:
+		for _, one := range e.Unwrap() {
+			text = withoutWords(text, one)
+		}
+	}
+	return text
+}
+
 // reason returns the text of an error as it is kept with a parked message. A panic's value and the
 // words of PostgreSQL may be data, so only the value's type and the SQLSTATE are kept.
 func reason(err error) string {
@@ -791,13 +809,7 @@ func reason(err error) string {
 	if errors.As(err, &panicked) {
 		text = panicked.Error()
 	}
-	var database interface { // pgconn.PgError
-		error
-		SQLState() string
-	}
-	if errors.As(err, &database) {
-		text = strings.ReplaceAll(text, database.Error(), "SQLSTATE "+database.SQLState())
-	}
+	text = withoutWords(text, err)
 	text = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f {
 			return ' '

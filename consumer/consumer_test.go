@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -332,8 +333,8 @@ func TestMessagesThatAreNotHandled(t *testing.T) {
 		"panic":    {handler: func(context.Context, *consumer.Delivery) error { panic("secret") }, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:handler panicked with a string", dead: true},
 		"words of PostgreSQL": {handler: func(ctx context.Context, _ *consumer.Delivery) error {
 			_, err := postgres.Tx(ctx).Exec(ctx, "SELECT 'secret'::int")
-			return fmt.Errorf("read the amount: %w", err)
-		}, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:read the amount: SQLSTATE 22P02", dead: true},
+			return errors.Join(fmt.Errorf("read the amount: %w", err), &pgconn.PgError{Severity: "ERROR", Code: "22007", Message: "secret"})
+		}, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:read the amount: SQLSTATE 22P02 SQLSTATE 22007", dead: true},
 		"long error": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New(long)) }, dead: true,
 			parked: "3:1:" + ("message is rejected: " + long)[:consumer.ErrorBytesMax-1]},
 		"later":        {handler: func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, parked: "1:0:its handler asked for 1h0m0s"},
