@@ -55,7 +55,7 @@ func (one testCase) check(t tester, features Features, mount Mount, patience tim
 	}()
 	one.run(c)
 	c.letGo()
-	if err := s.Store.settle(ctx, 0); err != nil {
+	if err := s.Store.awaitEnds(ctx, 0); err != nil {
 		t.Errorf("a transaction did not end: %v", err)
 	}
 	if n := s.Store.changed(); n > 0 {
@@ -196,7 +196,7 @@ func (c *check) counted(runs, written int) {
 // ended blocks until as many transactions have ended, and checks how they did.
 func (c *check) ended(want ...string) []End {
 	c.Helper()
-	if err := c.Store.settle(c.ctx, len(want)); err != nil {
+	if err := c.Store.awaitEnds(c.ctx, len(want)); err != nil {
 		c.Fatalf("%v", err)
 	}
 	ends := c.Store.Ends()

@@ -73,20 +73,20 @@ func (s *Store) Written() int {
 	return s.written
 }
 
-// ErrNoTransaction is the error of a [Store.Write] in a context without an open transaction of the
-// store: the handler did not get the context that the middleware made, or ran after its end.
-var ErrNoTransaction = errors.New("the handler's context carries no open transaction: hand the context of the middleware's request to the framework, and run the handler inside of the middleware")
+// ErrTransactionMissing is the error of a [Store.Write] in a context without an open transaction of
+// the store: the handler did not get the context that the middleware made, or ran after its end.
+var ErrTransactionMissing = errors.New("the handler's context carries no open transaction: hand the context of the middleware's request to the framework, and run the handler inside of the middleware")
 
 // Write writes a row in the transaction that ctx carries, as a handler does. Without an open
 // transaction the row is written at once, as on a conn of its own, and Write returns
-// [ErrNoTransaction].
+// [ErrTransactionMissing].
 func (s *Store) Write(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a, ok := ctx.Value(transactionKey{}).(*attempt)
 	if !ok || a.store != s || a.sealed {
 		s.written++
-		return ErrNoTransaction
+		return ErrTransactionMissing
 	}
 	a.writes++
 	return nil
@@ -197,8 +197,8 @@ func copyOf(answer *idempotency.Answer) *idempotency.Answer {
 	return c
 }
 
-// settle blocks until no transaction is open and at least n have ended, or ctx ends.
-func (s *Store) settle(ctx context.Context, n int) error {
+// awaitEnds blocks until no transaction is open and at least n have ended, or ctx ends.
+func (s *Store) awaitEnds(ctx context.Context, n int) error {
 	for {
 		s.mu.Lock()
 		open, ends, ended := s.open, len(s.ends), s.ended

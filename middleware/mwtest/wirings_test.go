@@ -196,7 +196,7 @@ func TestRightAdapterPasses(t *testing.T) {
 }
 
 // The suite finds the mistake in each wiring that a user tries first, and each mistake of an adapter.
-func TestTableFindsWrongWirings(t *testing.T) {
+func TestSuiteFindsWrongWirings(t *testing.T) {
 	t.Parallel()
 	plain := Features{NoReturnedErrors: true}
 	mount := func(wiring func(s *Service) http.Handler) Mount {
@@ -237,7 +237,7 @@ func TestTableFindsWrongWirings(t *testing.T) {
 			})
 			c.w = outer
 			return nil
-		}), found: []string{"Answer", "RunAgain", "KeyMissing", "TwoKeys", "Mismatch", "InProgress", "BigBody"}, text: ErrNoTransaction.Error()},
+		}), found: []string{"Answer", "RunAgain", "KeyMissing", "TwoKeys", "Mismatch", "InProgress", "BigBody"}, text: ErrTransactionMissing.Error()},
 		"as in gin: the chain is not set back": {mount: mountFrames(func(s *Service, c *frame) error {
 			protect(s, c.w, c.r, func(w http.ResponseWriter, r *http.Request) {
 				c.w, c.r = w, r
@@ -275,7 +275,7 @@ func TestTableFindsWrongWirings(t *testing.T) {
 		}), found: []string{"Answer", "FinalError", "ReturnedError", "RunAgain", "NothingIsOK"}},
 		"the context is dropped": {features: plain, mount: inside(func(s *Service, w http.ResponseWriter, r *http.Request) {
 			s.Handler.ServeHTTP(w, r.WithContext(context.Background()))
-		}), found: []string{"Answer", "FinalError", "Panic"}, text: ErrNoTransaction.Error()},
+		}), found: []string{"Answer", "FinalError", "Panic"}, text: ErrTransactionMissing.Error()},
 		"the handler ends with the client": {features: plain, mount: outside(func(s *Service, _ http.Handler, w http.ResponseWriter, r *http.Request) {
 			client := r.Context()
 			protect(s, w, r, func(w http.ResponseWriter, r *http.Request) {

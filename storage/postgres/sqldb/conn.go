@@ -96,7 +96,7 @@ var (
 func (c *conn) route(ctx context.Context) (*sealed.Tx, *stdlib.Conn, error) {
 	tx := sealed.From(ctx)
 	switch {
-	case tx != nil && !tx.Of(c.connector.store.Pool()):
+	case tx != nil && !tx.OnPool(c.connector.store.Pool()):
 		return nil, nil, fmt.Errorf("%w: the handler's transaction is in another store's database", ErrTransactionMissing)
 	case c.tx != nil:
 		if tx != nil && !tx.Same(c.tx) {

@@ -208,7 +208,7 @@ func (e *examiner) isReplay(a, first *answer) bool {
 	if same, known := e.id.same(a, first); known {
 		return same
 	}
-	return a.sameAs(first) == ""
+	return a.differsFrom(first) == ""
 }
 
 const noIDs = "effects can't be seen: the answers to two requests have no ids that differ; set --effects-url"
@@ -540,7 +540,7 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 	}
 	if broken := e.notReplayed(); broken != "" {
 		e.skip(ruleMismatchKeeps, "retries are no replays in any case: %s", broken)
-	} else if differs := again.sameAs(l.answer); differs != "" {
+	} else if differs := again.differsFrom(l.answer); differs != "" {
 		e.fail(ruleMismatchKeeps, append(requests, lines(again)...), "after another body was sent under its key, the first request is retried with another %s", differs)
 	} else {
 		e.pass(ruleMismatchKeeps, "the first request's answer is still replayed")
@@ -741,7 +741,7 @@ func (e *examiner) judgeOwn(ctx context.Context, id string, l *logical, first *a
 		}
 	case known && same:
 		e.fail(id, requests, "%s got the answer to that one", what)
-	case !known && l.answer.sameAs(first) == "":
+	case !known && l.answer.differsFrom(first) == "":
 		e.skip(id, "%s got the same answer, which has no id; set --effects-url", what)
 	}
 	e.pass(id, "%s had an answer of its own", what)
@@ -800,14 +800,14 @@ func (e *examiner) examineScope(ctx context.Context) error {
 			return err
 		}
 	}
-	if reused == nil || !reused.answer.refused() || reused.answer.sameAs(own.answer) == "" {
+	if reused == nil || !reused.answer.refused() || reused.answer.differsFrom(own.answer) == "" {
 		e.skip(ruleScoped, "a request of the second caller under a key of its own got %v, so nothing can be told: give a second caller whose requests succeed", own.answer)
 		return nil
 	}
 	if err := e.first(ctx, shared); err != nil {
 		return err
 	}
-	if differs := shared.answer.sameAs(own.answer); differs != "" {
+	if differs := shared.answer.differsFrom(own.answer); differs != "" {
 		e.fail(ruleScoped, lines(l.answer, own.answer, shared.answer), "%s got %v with another %s than under a key of its own, %v", what, shared.answer, differs, own.answer)
 		return nil
 	}
@@ -882,8 +882,8 @@ func (e *examiner) examineCopies(ctx context.Context) error {
 				e.conflicts = append(e.conflicts, a)
 			case a.ok() && !again.ok():
 				e.fail(ruleCopiesAnswer, requests, "one of %d copies got %v, and a later retry %v", copies, a, again)
-			case a.sameAs(again) != "":
-				e.fail(ruleCopiesAnswer, requests, "of %d copies at once one got %v with another %s than a later retry, and must get 409 or the same answer", copies, a, a.sameAs(again))
+			case a.differsFrom(again) != "":
+				e.fail(ruleCopiesAnswer, requests, "of %d copies at once one got %v with another %s than a later retry, and must get 409 or the same answer", copies, a, a.differsFrom(again))
 			}
 		}
 		if !again.ok() {
@@ -983,7 +983,7 @@ func (e *examiner) examineLater(ctx context.Context) error {
 		if again.status == http.StatusConflict {
 			e.fail(ruleNo409, requests, "a retry got 409, %v after the answer", age)
 			e.skip(ruleLater, "the retry got 409")
-		} else if differs := again.sameAs(l.answer); differs != "" {
+		} else if differs := again.differsFrom(l.answer); differs != "" {
 			e.fail(ruleLater, requests, "a retry %v after the answer got %v with another %s: the key was forgotten", age, again, differs)
 		}
 		if !c.known() { // another effect would have another answer

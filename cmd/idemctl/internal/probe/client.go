@@ -69,9 +69,9 @@ func (a *answer) String() string {
 	return fmt.Sprint(a.status)
 }
 
-// sameAs returns the name of the part that differs from the first answer: "status", "body" or
+// differsFrom returns the name of the part that differs from the first answer: "status", "body" or
 // "Location". It returns "" if they are the same.
-func (a *answer) sameAs(first *answer) string {
+func (a *answer) differsFrom(first *answer) string {
 	switch {
 	case a.status != first.status:
 		return "status"

@@ -251,7 +251,7 @@ func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*def
 	default:
 		return s, nil
 	}
-	if err := tx.settle(ctx); err != nil { // a statement that can't be prepared fails the transaction
+	if err := tx.flush(ctx); err != nil { // a statement that can't be prepared fails the transaction
 		return nil, err
 	}
 	if s.description, err = conn.Prepare(ctx, s.Name, s.SQL, nil); err != nil {

@@ -32,9 +32,9 @@ func From(ctx context.Context) *Tx {
 	return nil
 }
 
-// Of reports whether the transaction is on a connection of this pool. It also reports true if the
-// transaction could not be opened: every use of it fails.
-func (tx *Tx) Of(pool *pgxpool.Pool) bool { return tx.settings == nil || tx.settings.Pool == pool }
+// OnPool reports whether the transaction is on a connection of this pool. It also reports true if
+// the transaction could not be opened: every use of it fails.
+func (tx *Tx) OnPool(pool *pgxpool.Pool) bool { return tx.settings == nil || tx.settings.Pool == pool }
 
 // Isolation returns the level of the transaction.
 func (tx *Tx) Isolation() pgx.TxIsoLevel { return tx.settings.Isolation }
@@ -126,7 +126,7 @@ func (tx *Tx) Run(ctx context.Context, before *Ran, sql string, arguments []any)
 		tag, err = results.Exec()
 		return tag, before, closeBehind(results, err)
 	}
-	if ran, err = tx.settleFor(ctx, before, sql, arguments); err != nil {
+	if ran, err = tx.flushFor(ctx, before, sql, arguments); err != nil {
 		return tag, nil, err
 	}
 	tag, err = tx.run(ctx, sql, arguments)
@@ -154,7 +154,7 @@ func (tx *Tx) Rows(ctx context.Context, before *Ran, sql string, formats pgx.Que
 		}
 		return &handlerRows{Rows: &behindRows{Rows: rows, results: results}, tx: tx.transaction}, before, nil
 	}
-	if ran, err = tx.settleFor(ctx, before, sql, arguments); err != nil {
+	if ran, err = tx.flushFor(ctx, before, sql, arguments); err != nil {
 		return nil, nil, err
 	}
 	arguments = append([]any{formats}, arguments...)
@@ -175,12 +175,12 @@ func (tx *Tx) describes() bool {
 	return false
 }
 
-// settleFor is settle in front of a statement. It returns the statement's Ran, which counts once
-// the statement has run. If there were statements to settle and there are arguments, it asks the
-// server for the types of the parameters: a round trip, once for each text.
-func (tx *Tx) settleFor(ctx context.Context, before *Ran, sql string, arguments []any) (*Ran, error) {
-	settles := len(tx.unsent) > 0
-	if err := tx.settle(ctx); err != nil {
+// flushFor is flush in front of a statement. It returns the statement's Ran, which counts once the
+// statement has run. If there were unsent statements and there are arguments, it asks the server for
+// the types of the parameters: a round trip, once for each text.
+func (tx *Tx) flushFor(ctx context.Context, before *Ran, sql string, arguments []any) (*Ran, error) {
+	unsent := len(tx.unsent) > 0
+	if err := tx.flush(ctx); err != nil {
 		return nil, err
 	}
 	switch {
@@ -188,7 +188,7 @@ func (tx *Tx) settleFor(ctx context.Context, before *Ran, sql string, arguments 
 		return before, nil
 	case len(arguments) == 0 || !tx.describes():
 		return new(Ran), nil
-	case !settles || hasOption(arguments):
+	case !unsent || hasOption(arguments):
 		return nil, nil
 	}
 	description, err := tx.conn.PgConn().Prepare(ctx, "", sql, nil)

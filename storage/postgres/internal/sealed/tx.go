@@ -280,8 +280,8 @@ func (tx *Tx) depth() int {
 // savepoint had it, its RELEASE goes in front of the new SAVEPOINT.
 func savepointName(depth int) string { return "idempotency_" + strconv.Itoa(depth+1) }
 
-// settle sends the unsent statements about savepoints, in one message.
-func (t *transaction) settle(ctx context.Context) error {
+// flush sends the unsent statements about savepoints, in one message.
+func (t *transaction) flush(ctx context.Context) error {
 	if len(t.unsent) == 0 {
 		return nil
 	}
@@ -411,7 +411,7 @@ func (tx *Tx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgcon
 	if arguments, err = tx.admit(sql, arguments); err != nil {
 		return tag, err
 	}
-	if err = tx.settle(ctx); err != nil {
+	if err = tx.flush(ctx); err != nil {
 		return tag, err
 	}
 	return tx.run(ctx, sql, arguments)
@@ -436,7 +436,7 @@ func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Ro
 	if arguments, err = tx.admit(sql, arguments); err != nil {
 		return failedRows{err}, err
 	}
-	if err = tx.settle(ctx); err != nil {
+	if err = tx.flush(ctx); err != nil {
 		return failedRows{err}, err
 	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
@@ -459,7 +459,7 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 		}
 	}()
 	if arguments, err = tx.admit(sql, arguments); err == nil {
-		err = tx.settle(ctx)
+		err = tx.flush(ctx)
 	}
 	if err != nil {
 		row.rows = failedRows{err}
@@ -488,7 +488,7 @@ func (tx *Tx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.Statemen
 	if _, err := tx.admit(sql, nil); err != nil {
 		return nil, err
 	}
-	if err := tx.settle(ctx); err != nil {
+	if err := tx.flush(ctx); err != nil {
 		return nil, err
 	}
 	return tx.conn.Prepare(ctx, name, sql)
@@ -499,7 +499,7 @@ func (tx *Tx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []stri
 		return 0, err
 	}
 	defer func() { tx.done(err) }()
-	if err := tx.settle(ctx); err != nil {
+	if err := tx.flush(ctx); err != nil {
 		return 0, err
 	}
 	return tx.conn.CopyFrom(ctx, table, columns, source)
@@ -525,7 +525,7 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 			}
 		}
 	}
-	if err = tx.settle(ctx); err != nil {
+	if err = tx.flush(ctx); err != nil {
 		return failedBatch{err}
 	}
 	results := &tx.batch
