@@ -1,5 +1,5 @@
 // Package paymentapi has the service of the recipe for oapi-codegen, generated from payment.yaml.
-// Requires oapi-codegen v2.
+// Requires oapi-codegen v2.8.
 package paymentapi
 
 //go:generate oapi-codegen --config=config.yaml payment.yaml
