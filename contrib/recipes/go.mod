@@ -11,7 +11,7 @@ require (
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.27.3
 	github.com/julienschmidt/httprouter v1.3.0
 	github.com/klauspost/compress v1.18.3
-	github.com/oapi-codegen/runtime v1.1.1
+	github.com/oapi-codegen/runtime v1.8.0
 	github.com/paidonce/idempotency v0.0.0-00010101000000-000000000000
 	github.com/rs/cors v1.11.1
 	go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp v0.61.0
