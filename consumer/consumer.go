@@ -524,7 +524,10 @@ func (r *run) do() (settled int, pause time.Duration) {
 			together = append(together, d)
 			finish.Recorded = append(finish.Recorded, i)
 		default:
-			if failure = r.handle(r.ctx, batch, d, claim.Attempt); failure != nil {
+			if failure = r.handle(r.ctx, batch, d, claim.Attempt); failure == nil {
+				failure = batch.Check()
+			}
+			if failure != nil {
 				failedAt = i
 			} else {
 				finish.Recorded = append(finish.Recorded, i)

@@ -111,6 +111,9 @@ type Batch interface {
 	Known(entry int) Known
 	// Context returns ctx with the transaction for a handler.
 	Context(ctx context.Context) context.Context
+	// Check is called after each handler, and returns the error of the transaction's state, as Seal
+	// does. If the handler left a savepoint or a query open, the next one must not run inside of it.
+	Check() error
 	// Seal takes the transaction away from the handler and returns the error of its state, as
 	// [idempotency.Attempt] does.
 	Seal() error

@@ -182,9 +182,12 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 }
 
 // Seal implements [idempotency.Attempt].
-func (a *attempt) Seal() error {
+func (a *attempt) Seal() error { return stateError(a.tx.Seal()) }
+
+// stateError returns the error of a transaction's state after a handler.
+func stateError(state sealed.State, err error) error {
 	const step = "after the handler"
-	switch state, err := a.tx.Seal(); state {
+	switch state {
 	case sealed.StateReady:
 		return nil
 	case sealed.StateLost:

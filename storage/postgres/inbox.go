@@ -270,6 +270,9 @@ func (b *batch) Position() consumer.Position { return b.position }
 // Known implements [consumer.Batch].
 func (b *batch) Known(entry int) consumer.Known { return consumer.Known(b.known[entry] - '0') }
 
+// Check implements [consumer.Batch].
+func (b *batch) Check() error { return stateError(b.tx.Check()) }
+
 // Commit implements [consumer.Batch].
 func (b *batch) Commit(ctx context.Context, end *consumer.End) error {
 	return b.commit(ctx, end, b.moveCall(end.Next))

@@ -622,6 +622,68 @@ func TestMessagesAreHandledInTheirTransaction(t *testing.T) {
 	}
 }
 
+// noSource is for tests that call Receive themselves.
+type noSource struct{}
+
+func (noSource) Run(ctx context.Context, _ consumer.Receiver) error { <-ctx.Done(); return nil }
+
+// A handler that leaves something open has failed, also in a batch: the next message's handler can't
+// undo its writes, and does not fail in its place.
+func TestNothingIsLeftOpenForTheNextMessage(t *testing.T) {
+	t.Parallel()
+	for name, leave := range map[string]func(ctx context.Context, b *testBundle) error{
+		"savepoint": func(ctx context.Context, b *testBundle) error {
+			_, err := b.db.ExecContext(ctx, "SAVEPOINT s")
+			return err
+		},
+		"sql.Tx": func(ctx context.Context, b *testBundle) error {
+			_, err := b.db.BeginTx(ctx, nil)
+			return err
+		},
+		"rows": func(ctx context.Context, b *testBundle) error {
+			rows, err := b.db.QueryContext(ctx, "SELECT generate_series(1, 100000)")
+			if err == nil {
+				rows.Next()
+			}
+			return errors.Join(err, rows.Err())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, nil, 1)
+			left, first, second := false, true, 0
+			receiver := consumer.New("ledger", b.Store.Inbox(), noSource{}, func(ctx context.Context, m *consumer.Delivery) error {
+				if m.Offset == 1 {
+					second++
+					_, _ = b.db.ExecContext(ctx, "ROLLBACK TO s") // of its own, it believes
+					_, _ = b.db.ExecContext(ctx, "RELEASE s")
+					_, err := b.db.ExecContext(ctx, insert, "second")
+					return err
+				}
+				if left = first; left {
+					first = false
+					must(t, leave(ctx, b))
+				}
+				if left && name != "savepoint" {
+					return nil
+				}
+				_, err := b.db.ExecContext(ctx, insert, "first")
+				return err
+			}, &consumer.Options{BatchMax: 2, Logger: slog.New(slog.DiscardHandler)})
+			messages := []consumer.Delivery{{Offset: 0, Message: message.Message{ID: "a", Topic: "t"}}, {Offset: 1, Message: message.Message{ID: "b", Topic: "t"}}}
+			for settled := 0; settled < len(messages) && !t.Failed(); {
+				n, pause := receiver.Receive(t.Context(), consumer.Partition{Source: "t"}, messages[settled:])
+				settled += n
+				time.Sleep(pause)
+			}
+			b.wantNames(t, "first second")
+			if second != 1 {
+				t.Errorf("the second handler ran %d times, want 1", second)
+			}
+		})
+	}
+}
+
 // A mistake in a text that has not run before is undone with its sql.Tx too: SAVEPOINT was sent in
 // front of it.
 func TestMistakeInANewTextIsUndone(t *testing.T) {

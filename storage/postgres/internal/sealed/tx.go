@@ -132,6 +132,20 @@ func (t *Transaction) Seal() (State, error) {
 		return StateUnfit, t.interrupt()
 	}
 	defer t.give()
+	return t.state()
+}
+
+// Check returns the state between two handlers of a batch: nothing that the first left open may
+// reach the second.
+func (t *Transaction) Check() (State, error) {
+	if !t.take() {
+		return StateUnfit, errors.New("the transaction is still in use")
+	}
+	defer t.give()
+	return t.state()
+}
+
+func (t *transaction) state() (State, error) {
 	conn := t.conn.PgConn()
 	switch {
 	case t.lost:
