@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -80,6 +81,16 @@ func (b *testBundle) wantNames(t *testing.T, want string) {
 	}
 	if got != want {
 		t.Errorf("effects are %q, want %q", got, want)
+	}
+}
+
+// waitForEnd blocks until database/sql has ended the sql.Tx whose context has ended.
+func (b *testBundle) waitForEnd(t *testing.T) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); b.db.Stats().InUse > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the sql.Tx is still open")
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -356,11 +357,7 @@ func TestSQLTxOfAContextThatEndedIsUndone(t *testing.T) {
 		must(t, err)
 		write(ctx, t, tx, "undone")
 		cancel()
-		for deadline := time.Now().Add(30 * time.Second); b.db.Stats().InUse > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatal("the sql.Tx is still open")
-			}
-		}
+		b.waitForEnd(t)
 		if err := tx.Commit(); err == nil {
 			t.Error("it was committed")
 		}
@@ -929,13 +926,96 @@ func TestContextThatEndedUndoesNothingElse(t *testing.T) {
 			must(t, tx.QueryRowContext(ctx, "SELECT 1").Scan(new(int)))
 			must(t, other(ctx)) // as if it came after cancel, and before database/sql noticed
 			cancel()
-			for deadline := time.Now().Add(30 * time.Second); b.db.Stats().InUse > 0; time.Sleep(time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatal("the sql.Tx is still open")
-				}
-			}
+			b.waitForEnd(t)
 			return 201
 		}), idempotency.OutcomeNotExecuted)
 	}
 	b.wantNames(t, "")
+}
+
+// The same while the handler goes on in its own goroutine: a call that succeeded counts if the
+// request does.
+func TestLateRollbackUndoesNoCallOfTheHandler(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	written := 0
+	for round := range 50 {
+		result := b.do(t, fmt.Sprint(round), func(ctx context.Context) int {
+			short, cancel := context.WithCancel(ctx)
+			tx, err := b.db.BeginTx(short, nil)
+			must(t, err)
+			must(t, tx.QueryRowContext(ctx, "SELECT 1").Scan(new(int)))
+			cancel()
+			time.Sleep(time.Duration(round) * 4 * time.Microsecond) // in front of the Rollback, in it, or after it
+			for err = postgres.ErrBusy; errors.Is(err, postgres.ErrBusy); {
+				_, err = postgres.Tx(ctx).Exec(ctx, insert, "x")
+			}
+			must(t, err)
+			b.waitForEnd(t)
+			return 201
+		})
+		if result.Outcome == idempotency.OutcomeExecuted {
+			written++
+		}
+		if n := b.Count(t, "SELECT count(*) FROM effects"); n != written {
+			t.Fatalf("round %d: %d effects, want %d", round, n, written)
+		}
+	}
+}
+
+// Commit and Rollback of a sql.Tx wait for its calls in other goroutines: none of them is executed
+// in the handler's transaction, outside of the nested one.
+func TestCallsOfASQLTxShareItsEnd(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	want := 0
+	for name, end := range map[string]func(tx *sql.Tx, cancel func()) error{
+		"commit":   func(tx *sql.Tx, _ func()) error { return tx.Commit() },
+		"rollback": func(tx *sql.Tx, _ func()) error { return tx.Rollback() },
+		"context":  func(_ *sql.Tx, cancel func()) error { cancel(); return nil },
+	} {
+		var written atomic.Int64
+		b.want(t, b.do(t, name, func(ctx context.Context) int {
+			short, cancel := context.WithCancel(ctx)
+			defer cancel()
+			tx, err := b.db.BeginTx(short, nil)
+			must(t, err)
+			var calls sync.WaitGroup
+			began := make(chan struct{}, 1)
+			for range 2 {
+				calls.Go(func() {
+					for {
+						if _, err := tx.ExecContext(ctx, insert, name); errors.Is(err, sql.ErrTxDone) {
+							return
+						} else if err != nil {
+							t.Error(err)
+							return
+						}
+						written.Add(1)
+						select {
+						case began <- struct{}{}:
+						default:
+						}
+					}
+				})
+			}
+			<-began
+			must(t, end(tx, cancel))
+			calls.Wait()
+			if err := tx.Rollback(); !errors.Is(err, sql.ErrTxDone) {
+				t.Errorf("the end of a sql.Tx that has ended: %v", err)
+			}
+			b.waitForEnd(t)
+			return 201
+		}), idempotency.OutcomeExecuted)
+		if name == "commit" {
+			want = int(written.Load())
+		}
+		if n := b.Count(t, "SELECT count(*) FROM effects WHERE name = 'commit'"); n != want {
+			t.Errorf("%s: %d effects, want %d", name, n, want)
+		}
+		if n := b.Count(t, "SELECT count(*) FROM effects WHERE name <> 'commit'"); n != 0 {
+			t.Errorf("%s: %d effects outlived the Rollback", name, n)
+		}
+	}
 }

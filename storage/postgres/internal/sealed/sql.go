@@ -59,16 +59,15 @@ func (tx *Tx) BeginExclusive(ctx context.Context) (_ *Tx, err error) {
 // RollbackLate is Rollback at a time that the handler did not choose. It refuses if a handle from
 // outside was used since the savepoint was opened, because it might undo what the handler did after
 // it was done with the savepoint. Then the savepoint stays open, which fails the handler.
-func (tx *Tx) RollbackLate(ctx context.Context) error {
+func (tx *Tx) RollbackLate(ctx context.Context) (err error) {
 	if err := tx.use(); err != nil {
 		return err
 	}
-	shared := tx.savepoints[tx.depth()].shared
-	tx.give()
-	if shared {
+	defer func() { tx.done(err) }()
+	if tx.savepoints[tx.depth()].shared {
 		return fmt.Errorf("%w: the context of a sql.Tx has ended, but other calls of the handler are part of it", ErrBusy)
 	}
-	return tx.Rollback(ctx)
+	return tx.undo(ctx)
 }
 
 // useSQL is like use, but returns ErrBusy while another handle is exclusive or rows are open.

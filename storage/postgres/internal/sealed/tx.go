@@ -409,6 +409,11 @@ func (tx *Tx) Rollback(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { tx.done(err) }()
+	return tx.undo(ctx)
+}
+
+// undo undoes the handle's savepoint and closes it.
+func (tx *Tx) undo(ctx context.Context) error {
 	depth := tx.depth()
 	if err := tx.backTo(ctx, depth); err != nil {
 		return err
