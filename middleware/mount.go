@@ -27,14 +27,15 @@ func newMount() *mount {
 	return m
 }
 
-// String returns the service's line that mounted it: the first one outside the module cache and
-// vendor folders, which hold the routers.
+// String returns the service's line that mounted it: the first one outside of the adapters in
+// contrib, the module cache and vendor folders, which hold the routers.
 func (m *mount) String() string {
 	first := ""
 	for frames := runtime.CallersFrames(m.callers[:m.n]); ; {
 		frame, more := frames.Next()
 		at := fmt.Sprintf("%s:%d", frame.File, frame.Line)
-		if !strings.Contains(frame.File, "@v") && !strings.Contains(frame.File, "/vendor/") {
+		adapter := strings.HasPrefix(frame.Function, "github.com/paidonce/idempotency/contrib/") && !strings.HasSuffix(frame.File, "_test.go")
+		if !adapter && !strings.Contains(frame.File, "@v") && !strings.Contains(frame.File, "/vendor/") {
 			return at
 		}
 		if first == "" {

@@ -16,7 +16,7 @@ var errAnswerTooLarge = errors.New("answer is over its limit")
 // errNothingWritten fails a handler that returned without an answer, unless [Options.EmptyOK] is
 // set.
 var errNothingWritten = fmt.Errorf("%w: no WriteHeader, and no Write. "+
-	"If a framework runs it (gin, echo, fiber), its answer or error went around the middleware: use the adapter in contrib, or, if the framework is built on net/http, mount the middleware around the whole app; docs/stacks.md has each framework. "+
+	"If a framework runs it (gin, echo, fiber, huma), its answer or error went around the middleware, perhaps to the client: use the adapter in contrib, or, if the framework is built on net/http, mount the middleware around the whole app; docs/stacks.md has each framework. "+
 	"If it answers an empty 200, call WriteHeader(http.StatusOK), or set Options.EmptyOK", idempotency.ErrAnswerMissing)
 
 // recorder is the handler's ResponseWriter. It keeps the answer in memory, so that nothing reaches

@@ -13,10 +13,12 @@ package echoidem
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 
 	"github.com/labstack/echo/v4"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 )
 
@@ -26,8 +28,12 @@ import (
 // The handler may run more than once, and only one run counts; values that a run set by c.Set
 // remain for the next. Its c.Request().Context() carries the transaction and outlives the client.
 // An error that it returns goes to Echo's HTTPErrorHandler, and the answer of that is recorded, or
-// a 500 if it writes none: middleware outside sees the status, and no error. Flush panics and
-// Hijack fails, because nothing reaches the client before COMMIT.
+// a 500 if it writes none: middleware outside sees the status, and no error. An error after an
+// answer of 2xx or 3xx is a 500 too, and the writes are undone. Flush panics and Hijack fails,
+// because nothing reaches the client before COMMIT.
+//
+// Mount Echo's Recover outside: inside, it turns a panic after an answer into no error, and the answer is
+// committed.
 //
 // It panics if idem is for a resumable route: a run without a client has no echo.Context. Mount such
 // a middleware around the whole app.
@@ -85,7 +91,11 @@ func run(w http.ResponseWriter, r *http.Request) {
 	response := echo.NewResponse(w, c.Echo())
 	c.SetResponse(response)
 	if err := one.next(c); err != nil {
+		answered := response.Committed && response.Status < http.StatusBadRequest
 		c.Error(err)
+		if answered { // which Echo would let stand
+			panic(idempotency.UsageError(fmt.Sprintf("idempotency/contrib/echo4: the handler, or middleware inside, returned an error after it had answered %d: the writes are undone; return an error before the answer, or none", response.Status)))
+		}
 		if !response.Committed {
 			response.WriteHeader(http.StatusInternalServerError) // never an empty 200
 		}

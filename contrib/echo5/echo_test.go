@@ -44,6 +44,8 @@ func handler(s *mwtest.Service) echo.HandlerFunc {
 			return echo.NewHTTPError(probe.Status, "declined")
 		case mwtest.ReturnError:
 			return probe.Err
+		case mwtest.AnswerThenError:
+			return errors.Join(c.Blob(probe.Status, probe.ContentType, probe.Body), probe.Err)
 		case mwtest.Stream:
 			_, _ = c.Response().Write(probe.Body)
 			_ = http.NewResponseController(c.Response()).Flush()
@@ -75,10 +77,10 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// The whole app inside needs no adapter.
+// The whole app inside needs no adapter. Echo drops an error after an answer.
 func TestWholeAppInside(t *testing.T) {
 	t.Parallel()
-	mwtest.Run(t, mwtest.Features{}, func(s *mwtest.Service) string {
+	mwtest.Run(t, mwtest.Features{AnswerStands: true}, func(s *mwtest.Service) string {
 		e := echo.New()
 		e.POST(route, handler(s))
 		return s.Serve(s.Middleware.Handler(e))
@@ -258,6 +260,26 @@ func TestErrorHandlerThatWritesNothing(t *testing.T) {
 	e.POST("/", func(*echo.Context) error { return errors.New("failed") }, echoidem.Middleware(onMemory(func(o *middleware.Options) { o.EmptyOK = true })))
 	if got := send(e, "/", "key-1"); !strings.HasPrefix(got, "500 not-executed") {
 		t.Errorf("%q, want 500", got)
+	}
+}
+
+// An error after an answer undoes the run, and the log says so without the error's text. An answer
+// that is an error itself stays.
+func TestErrorAfterAnAnswer(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]string{201: "500 not-executed", 303: "500 not-executed", 402: "402 executed", 503: "503 not-executed"} {
+		var log strings.Builder
+		e := echo.New()
+		e.POST("/", func(c *echo.Context) error {
+			return errors.Join(c.String(status, "answer"), errors.New("secret"))
+		}, echoidem.Middleware(onMemory(func(o *middleware.Options) { o.Logger = logger(&log) })))
+		if got := send(e, "/", "key-1"); !strings.HasPrefix(got, want) || strings.HasSuffix(got, "answer") != (status >= 400) {
+			t.Errorf("%d: %q, want %q", status, got, want)
+		}
+		told := strings.Contains(log.String(), fmt.Sprintf("returned an error after it had answered %d", status))
+		if told != (status < 400) || strings.Contains(log.String(), "secret") {
+			t.Errorf("%d: logged %s", status, &log)
+		}
 	}
 }
 

@@ -38,8 +38,9 @@ import (
 // fiber.Ctx as they were, and only one run counts. c.Context() carries the transaction and outlives
 // the client; c itself does not carry it. An error that a handler returns goes to the app's
 // ErrorHandler, and the answer of that is recorded: middleware outside sees the status, and no
-// error. An answer of 200 without a body counts as none (see [middleware.Options].EmptyOK). If the
-// ErrorHandler gives one, the request is a 500.
+// error. An answer of 2xx or 3xx before the error does not count. An answer of 200 without a body
+// counts as none (see [middleware.Options].EmptyOK). If the ErrorHandler gives one, the request is a
+// 500.
 //
 // A handler that streams its answer or takes the conn over gets a 500, because nothing may reach
 // the client before COMMIT. It must not call c.End, c.Drop and c.SendEarlyHints, which use the conn
@@ -184,8 +185,14 @@ func run(w http.ResponseWriter, r *http.Request) {
 	c.Request().SetBodyRaw(body)
 	c.SetContext(r.Context())
 	response := c.Response()
-	if err := c.Next(); err != nil && (c.App().ErrorHandler(c, err) != nil || unanswered(response)) {
-		_ = c.SendStatus(fiber.StatusInternalServerError) // never an empty 200
+	if err := c.Next(); err != nil {
+		if response.StatusCode() < fiber.StatusBadRequest { // an answer before the error does not count
+			response.SetStatusCode(fiber.StatusOK)
+			response.ResetBody()
+		}
+		if c.App().ErrorHandler(c, err) != nil || unanswered(response) {
+			_ = c.SendStatus(fiber.StatusInternalServerError) // never an empty 200
+		}
 	}
 	if c.RequestCtx().Hijacked() || response.IsBodyStream() {
 		panic(idempotency.UsageError("idempotency/contrib/fiber3: the handler streams its answer or takes over the conn, which would reach the client before COMMIT: answer as a whole, or leave the middleware out of this route"))

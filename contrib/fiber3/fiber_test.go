@@ -64,6 +64,8 @@ func handler(s *mwtest.Service) fiber.Handler {
 			return fiber.NewError(probe.Status, "declined")
 		case mwtest.ReturnError:
 			return probe.Err
+		case mwtest.AnswerThenError:
+			return errors.Join(c.Status(probe.Status).Send(probe.Body), probe.Err)
 		case mwtest.Stream:
 			return c.SendStreamWriter(func(w *bufio.Writer) { _, _ = w.Write(probe.Body) })
 		case mwtest.Hijack:
@@ -281,6 +283,21 @@ func TestHandlerWithoutAnAnswer(t *testing.T) {
 		app.Post("/", fiberidem.Middleware(onMemory(func(o *middleware.Options) { o.EmptyOK = emptyOK })), func(fiber.Ctx) error { return nil })
 		if got := post(t, serve(t, app), "key-1"); !strings.HasPrefix(got, want) {
 			t.Errorf("EmptyOK %t: %q, want %q", emptyOK, got, want)
+		}
+	}
+}
+
+// An error undoes an answer that the handler gave before, whatever the app's ErrorHandler does. An
+// answer that is an error itself stays as Fiber leaves it.
+func TestErrorAfterAnAnswer(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]string{201: "500 not-executed", 303: "500 not-executed", 402: "402 executed answer"} {
+		app := fiber.New(fiber.Config{ErrorHandler: func(fiber.Ctx, error) error { return nil }})
+		app.Post("/", fiberidem.Middleware(onMemory(nil)), func(c fiber.Ctx) error {
+			return errors.Join(c.Status(status).SendString("answer"), errors.New("failed"))
+		})
+		if got := post(t, serve(t, app), "key-1"); !strings.HasPrefix(got, want) || status < 400 && strings.Contains(got, "answer") {
+			t.Errorf("%d: %q, want %q", status, got, want)
 		}
 	}
 }

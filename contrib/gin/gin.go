@@ -32,8 +32,12 @@ import (
 //
 // The handlers after it may run more than once, each time on the gin.Context as it was, and only one
 // run counts. c.Request.Context() carries the transaction and outlives the client. An error in
-// c.Errors without an answer is a 500. Flush does nothing and Hijack fails, because nothing reaches
-// the client before COMMIT. When it returns, c is aborted.
+// c.Errors without an answer is a 500; after an answer it is only a note, and the answer is
+// committed. Flush does nothing and Hijack fails, because nothing reaches the client before COMMIT.
+// When it returns, c is aborted.
+//
+// Mount gin.Recovery outside: inside, it turns a panic after an answer into no error, and the answer
+// is committed.
 //
 // It panics if idem is for a resumable route: a run without a client has no gin.Context. Mount such
 // a middleware around the whole router.

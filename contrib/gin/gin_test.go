@@ -77,7 +77,7 @@ func TestConformance(t *testing.T) {
 	for name, mount := range mounts {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			mwtest.Run(t, mwtest.Features{}, func(s *mwtest.Service) string {
+			mwtest.Run(t, mwtest.Features{AnswerStands: true}, func(s *mwtest.Service) string {
 				router := gin.New()
 				mount(router, ginidem.Middleware(s.Middleware), handler(s))
 				return s.Serve(router)

@@ -46,6 +46,8 @@ func (server gatewayServer) Pay(ctx context.Context, request *paymentpb.PayReque
 		return nil, status.Error(server.final, "declined")
 	case mwtest.ReturnError:
 		return nil, probe.Err
+	case mwtest.AnswerThenError:
+		return &paymentpb.Payment{Id: probe.ID}, probe.Err
 	}
 	return &paymentpb.Payment{Id: probe.ID}, nil
 }

@@ -57,6 +57,8 @@ func humaPay(s *mwtest.Service) func(ctx context.Context, in *payIn) (*payOut, e
 			return nil, huma.NewError(probe.Status, "declined")
 		case mwtest.ReturnError:
 			return nil, probe.Err
+		case mwtest.AnswerThenError:
+			return &payOut{Status: probe.Status, Body: &payment{ID: probe.ID}}, probe.Err
 		}
 		return nil, nil
 	}

@@ -34,6 +34,8 @@ func (server oapiServer) Pay(ctx context.Context, request paymentapi.PayRequestO
 		return paymentapi.Pay402Response{}, nil
 	case mwtest.ReturnError:
 		return nil, probe.Err
+	case mwtest.AnswerThenError:
+		return paymentapi.Pay204Response{}, probe.Err
 	}
 	return nil, nil
 }

@@ -55,6 +55,10 @@ var cases = []testCase{
 		run: func(c *check) { c.failsTwice(string(ReturnError)) },
 	},
 	{
+		name: "AnswerThenError", needs: undoneAnswers, rule: "if the handler returns an error after it has answered the client gets a 5xx, its writes are undone and nothing is recorded; a retry runs",
+		run: func(c *check) { c.failsTwice(string(AnswerThenError)) },
+	},
+	{
 		name: "Nothing", needs: noAnswer, rule: "if the handler returns without an answer it has failed: an answer that went around the middleware looks the same",
 		run: func(c *check) { c.failsTwice(string(Nothing)) },
 	},

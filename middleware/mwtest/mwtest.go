@@ -28,6 +28,8 @@
 //		return echo.NewHTTPError(probe.Status, "declined")
 //	case mwtest.ReturnError:
 //		return probe.Err
+//	case mwtest.AnswerThenError:
+//		return errors.Join(c.Blob(probe.Status, probe.ContentType, probe.Body), probe.Err)
 //	case mwtest.Stream:
 //		c.Response().Write(probe.Body)
 //		c.Response().Flush()
@@ -56,6 +58,10 @@ import (
 type Features struct {
 	// NoReturnedErrors: a handler has no error to return.
 	NoReturnedErrors bool
+
+	// AnswerStands: the framework drops an error that a handler returns after its answer, or only
+	// logs it, so that the answer is recorded.
+	AnswerStands bool
 
 	// NoStream: a handler can't send a part of its answer before the rest.
 	NoStream bool
@@ -210,6 +216,7 @@ type need uint8
 const (
 	nothing need = iota
 	returnedErrors
+	undoneAnswers
 	stream
 	hijack
 	statusOnly
@@ -219,8 +226,10 @@ const (
 // lacks returns the name of the feature that the framework lacks, or "".
 func (f Features) lacks(n need) string {
 	switch {
-	case n == returnedErrors && f.NoReturnedErrors:
+	case (n == returnedErrors || n == undoneAnswers) && f.NoReturnedErrors:
 		return "NoReturnedErrors"
+	case n == undoneAnswers && f.AnswerStands:
+		return "AnswerStands"
 	case n == stream && f.NoStream:
 		return "NoStream"
 	case n == hijack && f.NoHijack:

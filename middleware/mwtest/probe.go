@@ -27,6 +27,9 @@ const (
 	FinalError Behavior = "final-error"
 	// ReturnError: return the probe's Err, and write nothing.
 	ReturnError Behavior = "return-error"
+	// AnswerThenError: answer as for Answer, and then return the probe's Err. A handler that returns
+	// its answer returns both.
+	AnswerThenError Behavior = "answer-then-error"
 	// Nothing: return without an answer, and without an error.
 	Nothing Behavior = "nothing"
 	// Stream: write the probe's Body, and flush it to the client. A flush that fails or panics is
@@ -96,7 +99,7 @@ func (s *Service) Probe(ctx context.Context, do string, body []byte) Probe {
 		p.Status = http.StatusNoContent
 	case string(FinalError):
 		p.Status = http.StatusPaymentRequired
-	case string(Answer), string(ReturnError), string(Nothing), string(Stream), string(Hijack):
+	case string(Answer), string(ReturnError), string(AnswerThenError), string(Nothing), string(Stream), string(Hijack):
 	default:
 		s.fault("the parameter of the route came to the handler as %q", do)
 	}

@@ -142,11 +142,14 @@ func frameHandler(s *Service) func(c *frame) error {
 		}
 		probe := s.Probe(c.r.Context(), path.Base(c.r.URL.Path), body)
 		switch probe.Do {
-		case Answer:
+		case Answer, AnswerThenError:
 			c.w.Header().Set("Content-Type", probe.ContentType)
 			c.w.Header().Set("Location", probe.Location)
 			c.w.WriteHeader(probe.Status)
 			_, _ = c.w.Write(probe.Body)
+			if probe.Do == AnswerThenError {
+				return probe.Err
+			}
 		case StatusOnly:
 			c.w.WriteHeader(probe.Status)
 		case FinalError:
@@ -184,8 +187,12 @@ func TestRightAdapterPasses(t *testing.T) {
 		before := *c
 		protect(s, c.w, c.r, func(w http.ResponseWriter, r *http.Request) {
 			*c = before // it may run again
-			c.w, c.r = w, r
+			noticing := &noticing{ResponseWriter: w}
+			c.w, c.r = noticing, r
 			if err := c.next(); err != nil {
+				if noticing.answered {
+					panic("an error after the answer")
+				}
 				c.render(err)
 			}
 		})
@@ -193,6 +200,18 @@ func TestRightAdapterPasses(t *testing.T) {
 		c.abort()
 		return nil
 	}))
+}
+
+// noticing notices an answer.
+type noticing struct {
+	http.ResponseWriter
+	answered bool
+}
+
+// WriteHeader implements http.ResponseWriter.
+func (w *noticing) WriteHeader(status int) {
+	w.answered = true
+	w.ResponseWriter.WriteHeader(status)
 }
 
 // The suite finds the mistake in each wiring that a user tries first, and each mistake of an adapter.
@@ -248,6 +267,19 @@ func TestSuiteFindsWrongWirings(t *testing.T) {
 			c.abort()
 			return nil
 		}), found: []string{"RunAgain"}},
+		"an error after the answer is dropped": {mount: mountFrames(func(s *Service, c *frame) error {
+			before := *c
+			protect(s, c.w, c.r, func(w http.ResponseWriter, r *http.Request) {
+				*c = before
+				c.w, c.r = w, r
+				if err := c.next(); err != nil {
+					c.render(err)
+				}
+			})
+			*c = before
+			c.abort()
+			return nil
+		}), only: []string{"Answer", "FinalError", "ReturnedError", "AnswerThenError"}, found: []string{"AnswerThenError"}},
 		"as in echo: the error is handled outside": {mount: mountFrames(func(s *Service, c *frame) (err error) {
 			before := *c
 			protect(s, c.w, c.r, func(w http.ResponseWriter, r *http.Request) {
