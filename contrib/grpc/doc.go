@@ -32,8 +32,10 @@
 // learn of a payment before its commit.
 //
 // Interceptors that change the request or authenticate belong outside, in front of
-// [Interceptor.Unary] in the chain. Those that recover from panics or convert errors belong inside.
-// An interceptor inside runs once for each run of the handler.
+// [Interceptor.Unary] in the chain. Those that recover from panics or convert errors belong inside:
+// outside, one that changes codes can give a forgotten answer the code of a recorded one, and the
+// client believes that it is final. Only idempotency-status and idempotency-code still tell. An
+// interceptor inside runs once for each run of the handler.
 //
 // The handler's context outlives the client and its deadline: a handler that has begun is not
 // interrupted, and a retry gets its answer.

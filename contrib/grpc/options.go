@@ -18,7 +18,8 @@ import (
 )
 
 // Options tune an [Interceptor]. Nil and the zero value are the defaults, which are the safest. A
-// negative number panics.
+// negative number panics. If the [ScopeFunc], or a function here, panics, the call fails and the
+// process goes on: Internal and not executed, or Unavailable and unknown if it was AuthorizeReplay.
 type Options struct {
 	// Engine has the options that are the same for every protocol: TTL, Wait, Timeouts, Tracer and
 	// so on. Its Disposition must be nil: use the one below.

@@ -54,9 +54,18 @@ func (i *Interceptor) InFlight() int { return i.engine.InFlight() }
 
 // Stream is a [grpc.StreamServerInterceptor]. No stream is recorded: it passes, or is refused as
 // [Options.RefuseStreams] says, with Unimplemented.
-func (i *Interceptor) Stream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	ctx := stream.Context()
-	if i.options.passes(info.FullMethod) || !i.options.RefuseStreams && len(metadata.ValueFromIncomingContext(ctx, rpc.HeaderKey)) == 0 {
+func (i *Interceptor) Stream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (failed error) {
+	ctx, passes := stream.Context(), false
+	defer func() {
+		if passes {
+			return // and a panic is the handler's
+		}
+		if value := recover(); value != nil {
+			failed = i.survive(ctx, info.FullMethod, idempotency.ReasonHandlerFailed, value)
+		}
+	}()
+	passes = i.options.passes(info.FullMethod) || !i.options.RefuseStreams && len(metadata.ValueFromIncomingContext(ctx, rpc.HeaderKey)) == 0
+	if passes {
 		return handler(server, stream)
 	}
 	refusal := i.refuse(ctx, info.FullMethod, rpc.ReasonStreamRefused, nil, nil)
@@ -72,9 +81,18 @@ var (
 // Unary is a [grpc.UnaryServerInterceptor]. It replays the recorded answer of the call's key. If
 // there is none, and nothing refuses the call, it runs the handler: again only if the transaction
 // has to be started again, and each time on a copy of the request.
-func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (reply any, failed error) {
 	o, method := &i.options, info.FullMethod
-	if o.passes(method) {
+	passes, panicked := false, idempotency.ReasonHandlerFailed
+	defer func() {
+		if passes {
+			return // and a panic is the handler's
+		}
+		if value := recover(); value != nil {
+			failed = i.survive(ctx, method, panicked, value)
+		}
+	}()
+	if passes = o.passes(method); passes {
 		return handler(ctx, req)
 	}
 	refuse := func(reason idempotency.Reason, err error, override *spb.Status) (any, error) {
@@ -100,6 +118,11 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	case errors.Is(err, rpc.ErrKeyMissing) && o.Optional:
 	case errors.Is(err, rpc.ErrKeyMissing):
 		return refuse(idempotency.ReasonKeyMissing, err, nil)
+	case errors.Is(err, rpc.ErrKeysDiffer):
+		return refuse(idempotency.ReasonKeyInvalid, err, &spb.Status{
+			Code:    int32(code.Code_INVALID_ARGUMENT),
+			Message: fmt.Sprintf("The keys in metadata %s and in the message's field %s differ: send one of them, or the same key in both. Nothing was executed.", rpc.HeaderKey, o.KeyField),
+		})
 	case err == nil && (len(key) < o.KeyBytesMin || len(key) > o.KeyBytesMax):
 		err = fmt.Errorf("%w: it has %d characters, and must have %d to %d", idempotency.ErrKeyInvalid, len(key), o.KeyBytesMin, o.KeyBytesMax)
 		fallthrough
@@ -132,6 +155,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	if key != "" {
 		request.Fingerprint = rpc.Fingerprint(method, message, protoreflect.Name(o.KeyField))
 	}
+	panicked = idempotency.ReasonOutcomeUnknown
 	result := i.engine.Do(ctx, request, call.run)
 	answer := call.result
 	if result.Record != nil {
@@ -170,6 +194,17 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	return answer.Reply, nil
 }
 
+// survive returns the error of a call in which the ScopeFunc or a function in Options panicked. gRPC
+// does not recover, and would end the process.
+func (i *Interceptor) survive(ctx context.Context, method string, reason idempotency.Reason, value any) error {
+	err := fmt.Errorf("the ScopeFunc, or a function in Options, panicked with a %T", value)
+	i.options.Logger.LogAttrs(ctx, slog.LevelError, "idempotency: call failed", slog.String("method", method),
+		slog.Any("error", err), slog.String("stack", string(debug.Stack())))
+	refusal := i.refuse(ctx, method, reason, err, nil)
+	i.setOutcome(ctx, rpc.Result{Error: refusal}, outcomeOf(reason), nil)
+	return status.ErrorProto(refusal)
+}
+
 // setOutcome sets the metadata of a reply: the given header and the outcome, and in the trailers
 // the code.
 func (i *Interceptor) setOutcome(ctx context.Context, answer rpc.Result, outcome idempotency.Outcome, header metadata.MD) {
@@ -183,7 +218,7 @@ func (i *Interceptor) setOutcome(ctx context.Context, answer rpc.Result, outcome
 
 // outcomeOf returns the outcome of a call that the interceptor itself refuses.
 func outcomeOf(reason idempotency.Reason) idempotency.Outcome {
-	if reason == idempotency.ReasonReplayDenied {
+	if reason == idempotency.ReasonReplayDenied || reason == idempotency.ReasonOutcomeUnknown {
 		// Not-executed would be untrue, and replayed would reveal that there is an answer.
 		return idempotency.OutcomeUnknown
 	}

@@ -404,6 +404,88 @@ func TestReplayMayBeDenied(t *testing.T) {
 	}
 }
 
+// gRPC does not recover from panics. One of the service's own functions fails its call, and not the
+// process. It is logged without its value, and the outcome is true: after AuthorizeReplay unknown.
+func TestPanicOfTheServicesFunctions(t *testing.T) {
+	t.Parallel()
+	type outcome struct {
+		code    codes.Code
+		outcome idempotency.Outcome
+	}
+	notExecuted, unknown := outcome{codes.Internal, idempotency.OutcomeNotExecuted}, outcome{codes.Unavailable, idempotency.OutcomeUnknown}
+	for name, c := range map[string]struct {
+		scope   grpcidem.ScopeFunc
+		options grpcidem.Options
+		want    outcome
+		runs    int
+	}{
+		"ScopeFunc": {scope: func(context.Context, string) (string, error) { panic("SECRET") }, want: notExecuted},
+		"Pass":      {options: grpcidem.Options{Pass: func(string) bool { panic("SECRET") }}, want: notExecuted},
+		"TraceID":   {options: grpcidem.Options{TraceID: func(context.Context) string { panic("SECRET") }}, want: notExecuted},
+		"AuthorizeReplay": {options: grpcidem.Options{AuthorizeReplay: func(context.Context, string, *idempotency.Record) error {
+			panic("SECRET")
+		}}, want: unknown, runs: 1},
+	} {
+		var logs strings.Builder
+		runs := 0
+		options := c.options
+		options.Logger = slog.New(slog.NewTextHandler(&logs, nil))
+		if c.scope == nil {
+			c.scope = scope
+		}
+		idem := grpcidem.New(mwtest.NewStore(), c.scope, &options)
+		conn := dial(t, serve(t, &probe{unary: func(context.Context, *payRequest) (*payReply, error) {
+			runs++
+			return &payReply{}, nil
+		}, stream: func(func(*payReply) error) error { return nil }}, grpc.ChainUnaryInterceptor(idem.Unary), grpc.ChainStreamInterceptor(idem.Stream)))
+		pay := caller(conn, t)
+		pay(&payRequest{}, rpc.HeaderKey, "k")
+		pay(&payRequest{}, rpc.HeaderKey, "k").want(t, "", c.want.code, c.want.outcome)
+		if runs != c.runs {
+			t.Errorf("%s: %d runs, want %d", name, runs, c.runs)
+		}
+		if name == "Pass" {
+			if _, err := watch(t.Context(), conn, &payRequest{}, new(payReply)); status.Code(err) != codes.Internal {
+				t.Errorf("a stream got %v", err)
+			}
+		}
+		if text := logs.String(); !strings.Contains(text, "panicked with a string") || !strings.Contains(text, "unary_test.go") || strings.Contains(text, "SECRET") {
+			t.Errorf("%s: the log has %s", name, text)
+		}
+	}
+}
+
+// A panic of a handler that passes is its own.
+func TestPanicOfAPassingHandlerGoesOn(t *testing.T) {
+	t.Parallel()
+	recovering := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (reply any, err error) {
+		defer func() { err = status.Errorf(codes.DataLoss, "%v", recover()) }()
+		return handler(ctx, req)
+	}
+	pay := payer(t, mwtest.NewStore(), &grpcidem.Options{Pass: func(string) bool { return true }}, func(context.Context, *payRequest) (*payReply, error) {
+		panic("own")
+	}, recovering)
+	if got := pay(&payRequest{}); got.err.Code() != codes.DataLoss || got.err.Message() != "own" {
+		t.Errorf("got %v, want the handler's own panic", got.err)
+	}
+}
+
+// A caller learns where the key belongs, and whether two keys differ.
+func TestTextsNameBothSourcesOfTheKey(t *testing.T) {
+	t.Parallel()
+	pay := payer(t, mwtest.NewStore(), nil, nil)
+	for want, got := range map[string]answer{
+		"The key is missing":        pay(&payRequest{}),
+		"The key is invalid":        pay(&payRequest{RequestId: "a b"}),
+		"differ: send one of them,": pay(&payRequest{RequestId: "canary-1"}, rpc.HeaderKey, "canary-2"),
+	} {
+		text := got.err.Message()
+		if got.err.Code() != codes.InvalidArgument || !strings.Contains(text, want) || !strings.Contains(text, "metadata idempotency-key") || !strings.Contains(text, "request_id") || strings.Contains(text, "canary") {
+			t.Errorf("%v, want %q and both sources", got.err, want)
+		}
+	}
+}
+
 func TestRecordThatIsNoResultIsUnknown(t *testing.T) {
 	t.Parallel()
 	store := mwtest.NewStore()

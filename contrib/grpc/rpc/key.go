@@ -33,10 +33,14 @@ const KeyFieldDefault = "request_id"
 // ErrKeyMissing means that a call came without a key.
 var ErrKeyMissing = errors.New("key is missing")
 
+// ErrKeysDiffer means that the metadata and the message of a call have different keys.
+var ErrKeysDiffer = errors.New("metadata and message differ")
+
 // Key returns the key of a call: the value of the metadata [HeaderKey], bare or as a quoted string
 // (RFC 8941), or the value of the message's string field with this name. The error is
-// [ErrKeyMissing] if there is neither. It wraps [idempotency.ErrKeyInvalid] if the two differ, if
-// there are several values of the metadata, or if the key can't be stored. It quotes no key.
+// [ErrKeyMissing] if there is neither. It wraps [idempotency.ErrKeyInvalid] if the two differ (then
+// also [ErrKeysDiffer]), if there are several values of the metadata, or if the key can't be stored.
+// It quotes no key.
 func Key(values []string, message proto.Message, field protoreflect.Name) (string, error) {
 	fromField := FieldKey(message, field)
 	if len(values) > 1 {
@@ -53,7 +57,7 @@ func Key(values []string, message proto.Message, field protoreflect.Name) (strin
 	case err != nil:
 		return "", err
 	case fromField != "" && fromField != value:
-		return "", fmt.Errorf("%w: %s and the field %s differ: send one of them", idempotency.ErrKeyInvalid, HeaderKey, field)
+		return "", fmt.Errorf("%w: %w: %s and the field %s", idempotency.ErrKeyInvalid, ErrKeysDiffer, HeaderKey, field)
 	}
 	return value, idempotency.ValidateKeyValue(value)
 }

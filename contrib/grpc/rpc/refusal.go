@@ -37,9 +37,9 @@ type text struct {
 // An unknown outcome never has a code that means a definite failure.
 var texts = map[idempotency.Reason]text{
 	idempotency.ReasonKeyMissing: {code.Code_INVALID_ARGUMENT,
-		"The key is missing: send metadata idempotency-key, or the message's request id, new for each request and the same for its retries.", false},
+		"The key is missing: send it as metadata idempotency-key, or in the message's field for it (request_id unless the service names another), new for each request and the same for its retries.", false},
 	idempotency.ReasonKeyInvalid: {code.Code_INVALID_ARGUMENT,
-		"The key is invalid: send exactly one, of visible ASCII characters without comma, space or quote inside, within the limit of its length.", false},
+		"The key is invalid: send exactly one, as metadata idempotency-key or in the message's field for it (request_id unless the service names another), of visible ASCII characters without comma, space or quote inside, within the limit of its length.", false},
 	idempotency.ReasonScope: {code.Code_UNAUTHENTICATED,
 		"The caller is not known: keys belong to a caller.", false},
 	idempotency.ReasonBodyTooLarge: {code.Code_INVALID_ARGUMENT,

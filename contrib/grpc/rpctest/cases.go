@@ -49,6 +49,11 @@ var cases = []struct {
 		c.error(c.pay(doFail), code.Code_INTERNAL, idempotency.OutcomeNotExecuted)
 		c.state(2, 0, twice)
 	}},
+	{name: "ReplyAndError", rule: "If a handler returns a reply and an error, the error counts.", check: func(c *checker) {
+		c.error(c.pay(doBoth), code.Code_INTERNAL, idempotency.OutcomeNotExecuted)
+		c.error(c.pay(doBoth), code.Code_INTERNAL, idempotency.OutcomeNotExecuted)
+		c.state(2, 0, twice)
+	}},
 	{name: "Aborted", rule: "Aborted is forgotten, although its HTTP status is that of AlreadyExists.", check: func(c *checker) {
 		c.error(c.pay(doAborted), code.Code_ABORTED, idempotency.OutcomeNotExecuted)
 		c.error(c.pay(doAborted), code.Code_ABORTED, idempotency.OutcomeNotExecuted)

@@ -102,6 +102,7 @@ const (
 	doNothing  = "nothing"  // neither a reply nor an error
 	doFinal    = "final"    // FailedPrecondition, with details
 	doFail     = "fail"     // Internal
+	doBoth     = "both"     // a reply and Internal
 	doAborted  = "aborted"  // Aborted
 	doCanceled = "canceled" // Canceled
 	doPanic    = "panic"
@@ -157,6 +158,9 @@ func (s *Service) Handle(ctx context.Context, request *rpctestpb.PayRequest) (*r
 			&errdetails.LocalizedMessage{Locale: "de", Message: "Das Konto ist nicht gedeckt."})
 	case doFail:
 		return refused(code.Code_INTERNAL)
+	case doBoth:
+		_, err := refused(code.Code_INTERNAL)
+		return &rpctestpb.PayReply{Id: id}, err
 	case doAborted:
 		return refused(code.Code_ABORTED)
 	case doCanceled:
