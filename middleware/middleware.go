@@ -86,7 +86,8 @@ const methodQuery = "QUERY"
 // once begun, the work is finished. next may run more than once, always on the request as it
 // arrived, and only one run counts. Headers that begin with Idempotency- and Idempotent- are the
 // middleware's: if next sets one it is dropped, and the log says so once per route. If next writes
-// nothing it has failed, unless [Options.EmptyOK] is set. A gRPC call is refused.
+// nothing it has failed, unless [Options.EmptyOK] is set. If it wrote to w outside instead, Handler
+// panics with [http.ErrAbortHandler] when its writes are undone. A gRPC call is refused.
 //
 // Mount it once, on the route and inside the router: if the router is inside, its own 404 and 405
 // are recorded. A request that passes two mounts gets 500, and the log names both.
@@ -135,6 +136,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 	run := &run{m: m, next: next, at: at, outer: w.Header(), request: r}
+	_, run.typed = run.outer["Content-Type"]
 	run.watch()
 	scope, err := m.scope(r)
 	if err != nil {
@@ -220,7 +222,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		}
 	}
 	m.log(r, request.Key, result)
-	if errors.Is(result.Err, http.ErrAbortHandler) {
+	if errors.Is(result.Err, http.ErrAbortHandler) || errors.Is(result.Err, errAnsweredOutside) {
 		panic(http.ErrAbortHandler)
 	}
 	m.answer(w, r, result, run)
@@ -323,6 +325,7 @@ type run struct {
 	next    http.Handler
 	at      *mount
 	outer   http.Header
+	typed   bool          // outer had a Content-Type before the first run
 	request *http.Request // as it came, and kept so
 	body    []byte
 	key     idempotency.Key
@@ -367,6 +370,9 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	run.next.ServeHTTP(run.recorder, r)
 	if inner := one.ctx.inner.Load(); inner != nil {
 		return nil, errSecondMount(run.at, inner)
+	}
+	if _, typed := run.outer["Content-Type"]; typed && !run.typed && run.recorder.status == 0 {
+		return nil, errAnsweredOutside
 	}
 	if err := run.recorder.finish(run.outer, run.m.options.EmptyOK); err != nil {
 		return nil, err

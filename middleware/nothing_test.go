@@ -3,13 +3,18 @@ package middleware_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/middleware/mwtest"
 )
 
 // A framework that is wired wrongly sends the handler's answer, or drops its error, past the
@@ -73,6 +78,51 @@ func TestEmptyOK(t *testing.T) {
 	}
 	if b.effects(t) != 1 || b.records(t) != 1 {
 		t.Errorf("%d effects, %d records", b.effects(t), b.records(t))
+	}
+}
+
+// An answer on the writer outside can't be recorded or called back. The client must not take it for
+// the outcome: it gets no answer at all, whatever EmptyOK says, and the log names the remedy.
+func TestAnswerOnTheWriterOutsideReachesNobody(t *testing.T) {
+	t.Parallel()
+	for _, emptyOK := range []bool{false, true} {
+		var logs strings.Builder
+		runs := 0
+		store := mwtest.NewStore()
+		idem := middleware.New(store, func(*http.Request) (string, error) { return "acme", nil }, &middleware.Options{
+			EmptyOK: emptyOK, Logger: slog.New(slog.NewTextHandler(&logs, nil)),
+		})
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(outer http.ResponseWriter, r *http.Request) {
+			idem.Handler(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				runs++
+				if err := store.Write(r.Context()); err != nil {
+					t.Error(err)
+				}
+				outer.Header().Set("Content-Type", "application/json")
+				outer.WriteHeader(http.StatusCreated)
+				_, _ = io.WriteString(outer, `{"id":"payment-1"}`)
+			})).ServeHTTP(outer, r)
+		}))
+		server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+		server.Start()
+		for range 2 {
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.URL, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set("Idempotency-Key", "k")
+			if response, err := server.Client().Transport.RoundTrip(r); err == nil {
+				t.Errorf("EmptyOK %t: the client got %s", emptyOK, response.Status)
+				_ = response.Body.Close()
+			}
+		}
+		server.Close()
+		if ends := fmt.Sprint(store.Ends()); runs != 2 || ends != "[ROLLBACK ROLLBACK]" || store.Written() != 0 {
+			t.Errorf("EmptyOK %t: %d runs, %s, %d writes; want 2, and none", emptyOK, runs, ends, store.Written())
+		}
+		if !strings.Contains(logs.String(), "writer outside") || !strings.Contains(logs.String(), "docs/stacks.md") {
+			t.Errorf("EmptyOK %t: logged %s", emptyOK, &logs)
+		}
 	}
 }
 

@@ -19,6 +19,10 @@ var errNothingWritten = fmt.Errorf("%w: no WriteHeader, and no Write. "+
 	"If a framework runs it (gin, echo, fiber, huma), its answer or error went around the middleware, perhaps to the client: use the adapter in contrib, or, if the framework is built on net/http, mount the middleware around the whole app; docs/stacks.md has each framework. "+
 	"If it answers an empty 200, call WriteHeader(http.StatusOK), or set Options.EmptyOK", idempotency.ErrAnswerMissing)
 
+// errAnsweredOutside fails a handler that answered on the writer outside.
+var errAnsweredOutside = fmt.Errorf("%w: it answered on the writer outside of the middleware. The conn was closed, so that the client does not take that answer for the outcome. "+
+	"Inside, the framework must use the writer that the middleware gives: docs/stacks.md has each framework", idempotency.ErrAnswerMissing)
+
 // recorder is the handler's ResponseWriter. It keeps the answer in memory, so that nothing reaches
 // the client before COMMIT has returned. It therefore has no Unwrap, and Flush, Hijack and
 // deadlines fail with http.ErrNotSupported through http.ResponseController: with any of them a

@@ -2,7 +2,10 @@ package recipes
 
 import (
 	"context"
+	"fmt"
+	"log/slog"
 	"net/http"
+	"strings"
 	"testing"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -71,4 +74,49 @@ func TestHuma(t *testing.T) {
 	mwtest.Run(t, features, func(s *mwtest.Service) string {
 		return s.Serve(payments(humaAPI(s.Middleware, humaPay(s))))
 	})
+}
+
+// The context of the request inside is not enough: huma answers on the writer outside. If the
+// operation has no body the handler runs. Nothing is recorded, its writes are undone, and the client
+// gets no answer, instead of a 201 that is untrue.
+func TestHumaWithTheWriterOutside(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	s := mwtest.New(t, func(o *middleware.Options) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	mux := http.NewServeMux()
+	api := humago.New(mux, huma.DefaultConfig("payments", "1"))
+	api.UseMiddleware(func(c huma.Context, next func(huma.Context)) {
+		r, w := humago.Unwrap(c)
+		s.Middleware.Handler(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			next(huma.WithContext(c, r.Context()))
+		})).ServeHTTP(w, r)
+	})
+	pay := humaPay(s)
+	huma.Post(api, "/payments/{account}", func(ctx context.Context, in *struct {
+		Account string `path:"account"`
+	},
+	) (*payOut, error) {
+		return pay(ctx, &payIn{Account: in.Account})
+	})
+	url := s.Serve(payments(mux))
+	for run := range 2 {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url+mwtest.Prefix+string(mwtest.Answer), http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Idempotency-Key", "key-1")
+		if response, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(r); err == nil {
+			t.Errorf("the client got %s", response.Status)
+			_ = response.Body.Close()
+		}
+		if s.Runs() != run+1 {
+			t.Errorf("%d runs, want %d", s.Runs(), run+1)
+		}
+	}
+	if ends := fmt.Sprint(s.Store.Ends()); ends != "[ROLLBACK ROLLBACK]" || s.Store.Written() != 0 {
+		t.Errorf("%s, %d writes, want none", ends, s.Store.Written())
+	}
+	if !strings.Contains(log.String(), "handler-failed") || !strings.Contains(log.String(), "writer outside") {
+		t.Errorf("the log has %s", &log)
+	}
 }
