@@ -2,6 +2,7 @@ package mwtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -54,6 +55,9 @@ func (s *Service) request(ctx context.Context, url, do string, body io.Reader, k
 	r.Header.Set("Content-Type", "application/json")
 	r.Header["Idempotency-Key"] = keys
 	response, err := s.client.Do(r)
+	if errors.Is(err, io.EOF) {
+		err = fmt.Errorf("the middleware closes the conn if the handler has answered on the writer outside of it: %w", err)
+	}
 	if err != nil {
 		return Reply{}, err
 	}

@@ -245,7 +245,7 @@ func TestSuiteFindsWrongWirings(t *testing.T) {
 				_ = c.next()
 			})
 			return nil
-		}), found: []string{"Answer", "FinalError", "RunAgain", "CommitFails", "KeyMissing", "Mismatch", "InProgress"}, text: "the middleware did not write it"},
+		}), found: []string{"Answer", "FinalError", "RunAgain", "CommitFails", "KeyMissing", "Mismatch", "InProgress"}, text: "answered on the writer outside"},
 		"as in gin: no Abort": {mount: mountFrames(func(s *Service, c *frame) error {
 			outer := c.w
 			protect(s, c.w, c.r, func(w http.ResponseWriter, r *http.Request) {
