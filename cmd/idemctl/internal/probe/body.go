@@ -35,6 +35,14 @@ func (b *bodies) varies() bool {
 	return strings.Contains(b.template, placeholderInt) || strings.Contains(b.template, placeholderUUID)
 }
 
+// addedField is the field that is added to a JSON body without a number to change.
+const addedField = `"probe"`
+
+// onlyAdds reports whether another body only has a field more, which an API may ignore.
+func (b *bodies) onlyAdds(other []byte) bool {
+	return bytes.Contains(other, []byte(addedField)) && !strings.Contains(b.template, addedField)
+}
+
 var digits = regexp.MustCompile(`[0-9]+`)
 
 // others returns other bodies for a template without placeholders. They differ in their meaning,
@@ -47,7 +55,7 @@ func (b *bodies) others() [][]byte {
 	decoder.UseNumber()
 	switch {
 	case strings.TrimSpace(b.template) == "":
-		add(`{"probe":1}`)
+		add(`{` + addedField + `:1}`)
 	case json.Valid([]byte(b.template)):
 		for {
 			value, err := decoder.Token()
@@ -61,7 +69,7 @@ func (b *bodies) others() [][]byte {
 			}
 		}
 		if json.Unmarshal([]byte(b.template), &object) == nil && object != nil {
-			object["probe"] = json.RawMessage("1")
+			object[strings.Trim(addedField, `"`)] = json.RawMessage("1")
 			if text, err := json.Marshal(object); err == nil {
 				add(string(text))
 			}

@@ -20,6 +20,7 @@ type examiner struct {
 	Config
 
 	client  *client
+	mask    *masker
 	bodies  *bodies
 	results map[string]*Result
 	stopped string // the reason if the examination ended early
@@ -45,7 +46,8 @@ type logical struct {
 func newExaminer(config Config) *examiner {
 	return &examiner{
 		Config:  config,
-		client:  &client{anyHost: config.AnyHost, interval: config.Interval, left: config.RequestsMax},
+		client:  &client{anyHost: config.AnyHost, interval: config.Interval, patience: config.Patience, left: config.RequestsMax},
+		mask:    newMasker(&config),
 		bodies:  &bodies{template: config.Body},
 		results: map[string]*Result{},
 	}
@@ -187,16 +189,7 @@ func (e *examiner) retry(ctx context.Context, l *logical) (*answer, error) {
 
 // settled retries until an answer is not busy, or Patience has elapsed. It returns the last answer.
 func (e *examiner) settled(ctx context.Context, l *logical) (*answer, error) {
-	pause := 50 * time.Millisecond
-	for deadline := time.Now().Add(e.Patience); ; pause = min(2*pause, time.Second) {
-		a, err := e.retry(ctx, l)
-		if err != nil || !a.busy() || time.Now().After(deadline) {
-			return a, err
-		}
-		if err := sleep(ctx, pause); err != nil {
-			return nil, err
-		}
-	}
+	return e.client.sendWhile(ctx, l.request, (*answer).busy)
 }
 
 // stop keeps the reason why the remaining rules are not judged.
@@ -306,7 +299,7 @@ func (e *examiner) examineFirst(ctx context.Context) error {
 		}
 	}
 	if !e.a.answer.ok() {
-		return fmt.Errorf("the first request was answered with %v, and must be answered with 2xx: %s", e.a.answer, e.a.answer.line)
+		return mustSucceed("the first request", e.a.answer)
 	}
 	e.at = time.Now()
 	e.b = e.new()
@@ -314,7 +307,7 @@ func (e *examiner) examineFirst(ctx context.Context) error {
 		return err
 	}
 	if !e.b.answer.ok() {
-		return fmt.Errorf("a second request with another key was answered with %v, and must be answered with 2xx: %s", e.b.answer, e.b.answer.line)
+		return mustSucceed("a second request with another key", e.b.answer)
 	}
 	e.latency = max(e.a.answer.took, e.b.answer.took)
 	e.id = identityOf(e.a.answer, e.b.answer, [][]string{append(slices.Clone(e.bodies.values[0]), e.a.key), append(slices.Clone(e.bodies.values[1]), e.b.key)})
@@ -326,6 +319,15 @@ func (e *examiner) examineFirst(ctx context.Context) error {
 		e.pass(ruleFirst, "one effect each, %s", e.by())
 	}
 	return nil
+}
+
+// mustSucceed returns the error that ends the examination if one of the first requests failed.
+func mustSucceed(what string, a *answer) error {
+	note := ""
+	if a.status >= 300 && a.status <= 399 {
+		note = " (redirects are not followed)"
+	}
+	return fmt.Errorf("%s got %v, and must get 2xx%s: %s", what, a, note, a.line)
 }
 
 // examineRetries retries the first request twice, a moment after the second one was answered.
@@ -364,8 +366,8 @@ func (e *examiner) examineRetries(ctx context.Context) error {
 
 // examineAtOnce retries requests as soon as their answers are received in full.
 func (e *examiner) examineAtOnce(ctx context.Context) error {
-	rounds := e.rounds(atOnceRounds)
-	for range rounds {
+	judged := 0
+	for range e.rounds(atOnceRounds) {
 		c, err := e.count(ctx)
 		if err != nil {
 			return err
@@ -376,6 +378,13 @@ func (e *examiner) examineAtOnce(ctx context.Context) error {
 			return err
 		}
 		l.answer = first
+		if first.limited() || second.limited() {
+			if err := sleep(ctx, limitPauses*e.Settle); err != nil {
+				return err
+			}
+			continue
+		}
+		judged++
 		if !first.ok() {
 			e.skip(ruleAtOnce, declined, first)
 			e.skip(ruleNo409, declined, first)
@@ -400,9 +409,16 @@ func (e *examiner) examineAtOnce(ctx context.Context) error {
 			return err
 		}
 	}
-	e.pass(ruleAtOnce, "%d retries at once after the answer were replays", rounds)
+	if judged == 0 {
+		e.skip(ruleAtOnce, "requests with a retry at once got 429: examine the API with a higher rate limit")
+	}
+	e.pass(ruleAtOnce, "%d retries at once after the answer were replays", judged)
 	return nil
 }
+
+// limitPauses is the number of pauses after requests that were sent together and got 429. The next
+// ones may then get through.
+const limitPauses = 10
 
 // notReplayed returns the first rule by which early retries are no replays, or "".
 func (e *examiner) notReplayed() string {
@@ -445,11 +461,11 @@ func (e *examiner) judgeReplay(first, again *answer) {
 		}
 	}
 	if !bytes.Equal(again.body, first.body) {
-		mask := e.masker() // an excerpt may contain a part of a secret, which can't be found later
-		e.fail(ruleBody, requests, "the retry got another body: %s", difference(mask.Replace(string(first.body)), mask.Replace(string(again.body))))
+		// An excerpt may contain a part of a secret, which can't be found later.
+		e.fail(ruleBody, requests, "the retry got another body: %s", difference(e.mask.quoted(string(first.body)), e.mask.quoted(string(again.body))))
 	}
 	if one, other := first.header.Get("Location"), again.header.Get("Location"); one != other {
-		e.fail(ruleLocation, requests, "the retry got the Location %q, and the first answer %q", other, one)
+		e.fail(ruleLocation, requests, "the retry got the Location %q, and the first answer %q", e.mask.quoted(other), e.mask.quoted(one))
 	}
 }
 
@@ -515,7 +531,11 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 			}
 		}
 	} else {
-		e.fail(ruleMismatch, requests, "another body under a used key got %v", got)
+		if e.bodies.onlyAdds(other) && got.ok() && e.isReplay(got, l.answer) {
+			e.skip(ruleMismatch, "another body under a used key got a replay, and the API may ignore what was added to it: put {{int}} or {{uuid}} into the body")
+		} else {
+			e.fail(ruleMismatch, requests, "another body under a used key got %v", got)
+		}
 		e.skip(ruleMismatch422, "it was not refused")
 		e.skip(ruleMismatch400, "it was not refused")
 	}
@@ -652,17 +672,26 @@ func (e *examiner) declines(ctx context.Context) (*answer, error) {
 
 // examineCase sends a new request under the capitals of a used key.
 func (e *examiner) examineCase(ctx context.Context) error {
-	l := e.new()
+	// The capitals of a UUID are another spelling of the same UUID (RFC 9562), so the key is none.
+	l := e.with(e.Header, newUUID()+"-key", e.bodies.next())
 	if err := e.firstCounted(ctx, l); err != nil {
 		return err
 	}
 	if !l.answer.ok() {
-		e.skip(ruleCase, declined, l.answer)
+		control, err := e.declines(ctx)
+		switch {
+		case err != nil:
+			return err
+		case control == nil && l.answer.refused():
+			e.pass(ruleCase, "keys that are not UUIDs are refused with %v", l.answer)
+		default:
+			e.skip(ruleCase, declined, l.answer)
+		}
 		return nil
 	}
 	capitals := e.with(e.Header, strings.ToUpper(l.key), e.bodies.next())
 	// An API may allow keys in small letters only, such as canonical UUIDs.
-	unused := e.with(e.Header, strings.ToUpper(newUUID()), e.bodies.next())
+	unused := e.with(e.Header, strings.ToUpper(newUUID()+"-key"), e.bodies.next())
 	if err := e.firstCounted(ctx, unused); err != nil {
 		return err
 	}
@@ -739,6 +768,8 @@ func (e *examiner) judgeOwn(ctx context.Context, id string, l *logical, first *a
 		if n == 0 {
 			e.fail(id, requests, "%s got %v and had no effect of its own", what, l.answer)
 		}
+	case known && same && !e.id.named():
+		e.skip(id, "%s got an answer with the same %s, which need not be an id; set --effects-url", what, strings.Join(e.id, ", "))
 	case known && same:
 		e.fail(id, requests, "%s got the answer to that one", what)
 	case !known && l.answer.differsFrom(first) == "":
@@ -788,7 +819,7 @@ func (e *examiner) examineScope(ctx context.Context) error {
 	}
 	// The API declines the second caller's requests. The rule can still be judged if declines are
 	// recorded, because the key is then looked up first. It is if another body under this key gets
-	// another refusal.
+	// another status. The texts of refusals may differ in any case, by the id of the request for example.
 	other, err := e.otherBody(ctx)
 	if err != nil {
 		return err
@@ -800,15 +831,15 @@ func (e *examiner) examineScope(ctx context.Context) error {
 			return err
 		}
 	}
-	if reused == nil || !reused.answer.refused() || reused.answer.differsFrom(own.answer) == "" {
+	if reused == nil || !reused.answer.refused() || reused.answer.status == own.answer.status {
 		e.skip(ruleScoped, "a request of the second caller under a key of its own got %v, so nothing can be told: give a second caller whose requests succeed", own.answer)
 		return nil
 	}
 	if err := e.first(ctx, shared); err != nil {
 		return err
 	}
-	if differs := shared.answer.differsFrom(own.answer); differs != "" {
-		e.fail(ruleScoped, lines(l.answer, own.answer, shared.answer), "%s got %v with another %s than under a key of its own, %v", what, shared.answer, differs, own.answer)
+	if shared.answer.status != own.answer.status {
+		e.fail(ruleScoped, lines(l.answer, own.answer, shared.answer), "%s got %v, and under a key of its own %v", what, shared.answer, own.answer)
 		return nil
 	}
 	e.pass(ruleScoped, "%s got the answer that it gets under a key of its own, %v", what, own.answer)
@@ -832,11 +863,14 @@ func (e *examiner) examineQuoting(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	_, known := e.id.same(a, e.a.answer)
 	switch {
 	case a.refused() && e.quoted:
 		e.pass(ruleQuoting, "the quoted key is taken, and the bare one gets %v", a)
 	case a.refused():
 		e.fail(ruleQuoting, lines(e.a.answer, a), "the bare key is taken, and the quoted string of the draft gets %v", a)
+	case a.ok() && !known && a.differsFrom(e.a.answer) == "":
+		e.skip(ruleQuoting, noIDs)
 	case a.ok() && e.isReplay(a, e.a.answer):
 		e.pass(ruleQuoting, "the quoted key and the bare one are the same")
 	default:
@@ -850,7 +884,7 @@ func (e *examiner) examineQuoting(ctx context.Context) error {
 
 // examineCopies sends copies of requests at once.
 func (e *examiner) examineCopies(ctx context.Context) error {
-	conflicts, rounds := 0, e.rounds(copiesRounds)
+	conflicts, limited, mostRan, rounds := 0, 0, 0, e.rounds(copiesRounds)
 	for range rounds {
 		c, err := e.count(ctx)
 		if err != nil {
@@ -865,6 +899,9 @@ func (e *examiner) examineCopies(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if again.limited() {
+			return errLimited
+		}
 		counts := map[string]int{}
 		for _, a := range answers {
 			counts[a.String()]++
@@ -875,8 +912,12 @@ func (e *examiner) examineCopies(ctx context.Context) error {
 			e.skip(ruleCopiesAnswer, declined, again)
 			return nil
 		}
+		ran := copies
 		for _, a := range answers {
 			switch {
+			case a.limited(): // it was refused before it ran
+				limited++
+				ran--
 			case a.status == http.StatusConflict:
 				conflicts++
 				e.conflicts = append(e.conflicts, a)
@@ -886,6 +927,7 @@ func (e *examiner) examineCopies(ctx context.Context) error {
 				e.fail(ruleCopiesAnswer, requests, "of %d copies at once one got %v with another %s than a later retry, and must get 409 or the same answer", copies, a, a.differsFrom(again))
 			}
 		}
+		mostRan = max(mostRan, ran)
 		if !again.ok() {
 			e.fail(ruleCopiesAnswer, requests, "no answer came within %v after %d copies at once, the last was %v", e.Patience, copies, again)
 			return nil
@@ -893,9 +935,23 @@ func (e *examiner) examineCopies(ctx context.Context) error {
 		if _, err := e.judgeEffects(ctx, ruleCopies, c, 1, append(answers, again), fmt.Sprintf("%d copies at once", copies), requests); err != nil {
 			return err
 		}
+		if ran < copies {
+			if err := sleep(ctx, limitPauses*e.Settle); err != nil {
+				return err
+			}
+		}
+	}
+	others := ""
+	if limited > 0 {
+		others = fmt.Sprintf(", %d got 429 (a rate limit)", limited)
+	}
+	if mostRan < 2 {
+		const detail = "all but one of %d copies at once got 429: examine the API with a higher rate limit"
+		e.skip(ruleCopies, detail, copies)
+		e.skip(ruleCopiesAnswer, detail, copies)
 	}
 	e.pass(ruleCopies, "%d times %d copies at once had one effect, %s", rounds, copies, e.by())
-	e.pass(ruleCopiesAnswer, "of %d copies at once %d got 409, and the others the same answer", rounds*copies, conflicts)
+	e.pass(ruleCopiesAnswer, "of %d copies at once %d got 409%s, and the others the same answer", rounds*copies, conflicts, others)
 	return nil
 }
 
@@ -928,6 +984,8 @@ func (e *examiner) examineCuts(ctx context.Context) error {
 		}
 		requests := append([]string{l.curlCut(after)}, lines(again)...)
 		switch {
+		case again.limited():
+			return errLimited
 		case again.busy():
 			e.fail(ruleCutAnswered, requests, "the connection was cut after the request was sent; retries get %v, still after %v", again, e.Patience)
 			e.skip(ruleCut, "the request has no answer")
@@ -1007,7 +1065,7 @@ func (e *examiner) examineDocuments(ctx context.Context) error {
 	marked := func(a *answer) bool {
 		return strings.EqualFold(a.header.Get("Idempotent-Replayed"), "true") || strings.EqualFold(a.header.Get("Idempotency-Status"), "replayed")
 	}
-	outcome := func(a *answer) string { return a.header.Get("Idempotency-Status") }
+	outcome := func(a *answer) string { return e.mask.quoted(a.header.Get("Idempotency-Status")) }
 	switch {
 	case marked(e.a.answer):
 		e.fail(ruleMarker, lines(e.a.answer), "the first answer is marked as a replay")
@@ -1029,7 +1087,7 @@ func (e *examiner) examineDocuments(ctx context.Context) error {
 	}
 	for _, a := range e.refusals {
 		if mediaType, _, _ := strings.Cut(a.header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(mediaType), "application/problem+json") {
-			e.fail(ruleProblem, lines(a), "a refusal with %v is %q and not application/problem+json", a, a.header.Get("Content-Type"))
+			e.fail(ruleProblem, lines(a), "a refusal with %v is %q and not application/problem+json", a, e.mask.quoted(a.header.Get("Content-Type")))
 		}
 		if !documented(a) {
 			e.fail(ruleLink, lines(a), "a refusal with %v has neither a Link with rel=describedby nor a problem type that is a URL", a)

@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -23,6 +25,7 @@ import (
 type client struct {
 	anyHost  bool
 	interval time.Duration // between two requests
+	patience time.Duration // for an answer that a retry may change
 
 	mu   sync.Mutex
 	next time.Time // of the next request
@@ -62,6 +65,19 @@ func (a *answer) busy() bool {
 	return a.status >= 500
 }
 
+// limited reports whether the request was refused because there are too many, whatever it says. It
+// tells nothing about keys.
+func (a *answer) limited() bool { return a.status == http.StatusTooManyRequests }
+
+// retryAfter returns the answer's Retry-After. It is 0 if there is none, or if it is a date.
+func (a *answer) retryAfter() time.Duration {
+	seconds, err := strconv.Atoi(a.header.Get("Retry-After"))
+	if err != nil || seconds < 0 {
+		return 0
+	}
+	return min(time.Duration(seconds), time.Hour/time.Second) * time.Second
+}
+
 func (a *answer) String() string {
 	if a.err != nil {
 		return "no answer (" + a.err.Error() + ")"
@@ -88,6 +104,12 @@ var errUnreachable = errors.New("the host can't be reached")
 
 // errRequests ends the examination: RequestsMax is reached.
 var errRequests = errors.New("the number of requests is used up")
+
+// errLimited ends the examination: the API allows too few requests.
+var errLimited = errors.New("the API answers with 429: examine it with a higher rate limit, or later")
+
+// errNotHTTP is the error of an answer that can't be read. The error of package net/http may quote it.
+var errNotHTTP = errors.New("it is not HTTP/1.1")
 
 // pace blocks until n requests may be sent together.
 func (c *client) pace(ctx context.Context, n int) error {
@@ -150,6 +172,9 @@ func (c *client) open(ctx context.Context, r *request) (*exchange, error) {
 		}
 		conn = secure
 	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = errSilent
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errUnreachable, err)
 	}
@@ -211,18 +236,23 @@ func (x *exchange) finish() *answer {
 }
 
 func (x *exchange) receive() (*answer, error) {
-	reader := bufio.NewReader(x.conn)
+	limit := &io.LimitedReader{R: x.conn, N: headBytesMax}
+	reader := bufio.NewReader(limit)
 	for {
 		response, err := http.ReadResponse(reader, &http.Request{Method: x.request.method})
 		if err != nil {
+			if limit.N <= 0 {
+				err = tooLong{"header of the answer", headBytesMax}
+			}
 			return nil, err
 		}
 		if response.StatusCode < 200 && response.StatusCode != http.StatusSwitchingProtocols {
 			continue // 103, for example
 		}
+		limit.N = math.MaxInt64
 		body, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax+1))
 		if err == nil && len(body) > answerBytesMax {
-			err = fmt.Errorf("the answer is longer than %d bytes", answerBytesMax)
+			err = tooLong{"answer", answerBytesMax}
 		}
 		if err != nil {
 			return nil, err
@@ -231,37 +261,70 @@ func (x *exchange) receive() (*answer, error) {
 	}
 }
 
-// plain returns common errors without addresses and names of operations.
+// tooLong is the error of an answer over a limit.
+type tooLong struct {
+	what string
+	max  int
+}
+
+func (t tooLong) Error() string { return fmt.Sprintf("the %s is longer than %d bytes", t.what, t.max) }
+
+// errSilent is the error of an answer, or of a connection, that does not come in time.
+var errSilent = fmt.Errorf("nothing within %v", requestTimeout)
+
+// plain returns common errors without addresses and names of operations. No error quotes the answer.
 func plain(err error) error {
-	var timeout net.Error
+	var network net.Error
+	var long tooLong
 	switch {
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return fmt.Errorf("nothing within %v", requestTimeout)
+	case errors.As(err, &network) && network.Timeout():
+		return errSilent
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return errors.New("the connection was closed")
+	case errors.As(err, &network), errors.As(err, &long):
+		return err
 	}
-	return err
+	return errNotHTTP
 }
 
-// send sends a request and receives its answer. An error ends the examination.
+// send sends a request and receives its answer. If it is refused with 429 it is sent again. An
+// error ends the examination.
 func (c *client) send(ctx context.Context, r *request) (*answer, error) {
-	if err := c.pace(ctx, 1); err != nil {
-		return nil, err
+	a, err := c.sendWhile(ctx, r, (*answer).limited)
+	if err == nil && a.limited() {
+		err = errLimited
 	}
-	return c.sendNow(ctx, r)
+	return a, err
 }
 
-func (c *client) sendNow(ctx context.Context, r *request) (*answer, error) {
-	x, err := c.open(ctx, r)
-	if err != nil {
-		return nil, err
+// sendWhile sends a request again as long as its answer is one that a later retry may change, or
+// until patience has elapsed. It returns the last answer.
+func (c *client) sendWhile(ctx context.Context, r *request, changes func(*answer) bool) (*answer, error) {
+	pause := 50 * time.Millisecond
+	for deadline := time.Now().Add(c.patience); ; pause = min(2*pause, time.Second) {
+		if err := c.pace(ctx, 1); err != nil {
+			return nil, err
+		}
+		x, err := c.open(ctx, r)
+		if err != nil {
+			return nil, err
+		}
+		x.hold(ctx)
+		a := x.finish()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		wait := pause
+		if a.limited() {
+			wait = max(pause, a.retryAfter())
+		}
+		if !changes(a) || time.Now().Add(wait).After(deadline) {
+			return a, nil
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return nil, err
+		}
 	}
-	x.hold(ctx)
-	a := x.finish()
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	return a, nil
 }
 
 // held opens n exchanges with the same request and holds them.

@@ -20,7 +20,7 @@ func (e *examiner) effects(ctx context.Context) (int64, error) {
 		return 0, fmt.Errorf("effects: %w", err)
 	}
 	if !a.ok() {
-		return 0, fmt.Errorf("effects: the effects URL was answered with %v", a)
+		return 0, fmt.Errorf("effects: a GET of the effects URL got %v", a)
 	}
 	n, err := numberAt(a.body, e.EffectsPath)
 	if err != nil {
@@ -197,6 +197,15 @@ func identityOf(a, b *answer, filledIn [][]string) identity {
 		return named
 	}
 	return others
+}
+
+// named reports whether the values are ids by their names. Other values, such as a balance or a
+// time, may be equal in answers that tell of two effects.
+func (id identity) named() bool {
+	return slices.ContainsFunc(id, func(path string) bool {
+		name := path[strings.LastIndexByte(path, '/')+1:]
+		return path == "Location" || strings.EqualFold(name, "id") || strings.EqualFold(name, "uuid") || namedAsID(name)
+	})
 }
 
 // namedAsID reports whether a name is like payment_id or paymentId. Ids of one answer are none.

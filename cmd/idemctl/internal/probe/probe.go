@@ -9,6 +9,7 @@
 //   - body.go fills in the body's placeholders and finds another body
 //   - effects.go counts effects, at a URL or by the ids in answers
 //   - report.go prints the report
+//   - mask.go replaces secrets in it
 package probe
 
 import (
@@ -39,7 +40,8 @@ const (
 	cutRounds    = 5
 
 	requestTimeout = 10 * time.Second
-	answerBytesMax = 4 << 20
+	answerBytesMax = 4 << 20 // of a body
+	headBytesMax   = 1 << 20 // of an answer's header
 	cutDelayMax    = 2 * time.Second
 )
 
@@ -70,8 +72,9 @@ type Config struct {
 
 	// Keep is the minimum age of an answer at its last retry. Defaults to 10 seconds.
 	Keep time.Duration
-	// Patience is the maximum time for retries until an answer comes that is not 409, 425, 429 or
-	// 5xx. Defaults to 12 seconds.
+	// Patience is the maximum time for retries of a request that is refused with 429, and of one that
+	// was cut off or sent in copies until its answer is not 409, 425, 429 or 5xx. Defaults to 12
+	// seconds.
 	Patience time.Duration
 	// EffectsWait is the maximum wait for an effect that is late. Defaults to 5 seconds.
 	EffectsWait time.Duration
@@ -95,11 +98,13 @@ var reserved = []string{"Idempotency-Key", "Content-Length", "Transfer-Encoding"
 // Validate returns an error if the configuration can't be used. The error's text quotes no URL,
 // path, body or header value.
 func (c *Config) Validate() error {
-	for _, u := range []*url.URL{c.URL, c.EffectsURL} {
+	for i, u := range []*url.URL{c.URL, c.EffectsURL} {
 		switch {
-		case u == nil && u == c.EffectsURL:
+		case u == nil && i == 1: // it is optional
 		case u == nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "":
 			return errors.New("the URL must begin with http:// or https:// and name a host")
+		case strings.ContainsFunc(u.RequestURI(), func(r rune) bool { return r <= ' ' || r > '~' }):
+			return errors.New("the URL's query must be percent-encoded")
 		case u.User != nil:
 			return errors.New("put the credentials of the URL into --header 'Authorization: ...', which is masked in all output")
 		}

@@ -197,3 +197,111 @@ func TestPace(t *testing.T) {
 		t.Error("an eleventh request of ten is let through")
 	}
 }
+
+// Each secret in a header is masked, and in answers its parts too.
+func TestMasker(t *testing.T) {
+	t.Parallel()
+	u, err := url.Parse("http://h/payments?api_key=canary%2Bquery&expand=payments&canary-bare&id=")
+	if err != nil {
+		t.Fatal(err)
+	}
+	effects, err := url.Parse("http://h/count?token=canary-effects")
+	if err != nil {
+		t.Fatal(err)
+	}
+	basic := http.Request{Header: http.Header{}}
+	basic.SetBasicAuth("alice", "canary-password")
+	m := newMasker(&Config{
+		URL: u, EffectsURL: effects,
+		Header: []Field{
+			{"Cookie", `session=canary-one; theme="canary-two";csrf=canary==`},
+			{"Authorization", `Signature keyId="canary-id",signature="canary/sig="`},
+			{"Proxy-Authorization", basic.Header.Get("Authorization")},
+			{"X-Two", "canary1 canary2"},
+			{"X-Short", "abc"},
+			{"Prefer", "wait=1"},
+		},
+		SecondHeader: []Field{{"Cookie", "session=canary-other"}},
+	})
+	for text, want := range map[string]string{
+		"it is canary-one":             "it is $COOKIE",
+		"canary-two, canary== and one": "$COOKIE, $COOKIE and one",
+		"canary-other":                 "$OTHER_COOKIE",
+		"canary-id signed canary/sig=": "$AUTHORIZATION signed $AUTHORIZATION",
+		"Signature of canary-password": "Signature of $PROXY_AUTHORIZATION",
+		"canary1 and canary2":          "$X_TWO and $X_TWO",
+		"canary%2Bquery canary+query":  "$URL_API_KEY $URL_API_KEY",
+		"canary-bare canary-effects":   "$URL_QUERY $EFFECTS_URL_TOKEN",
+		"abc wait=1 payments":          "abc wait=1 payments",
+	} {
+		if got := m.whole.Replace(text); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+	for text, want := range map[string]string{
+		"first 8: canary-p...":   "first 8: $PROXY_AUTHORIZATION...",
+		"last 8: password":       "last 8: $PROXY_AUTHORIZATION",
+		"last 7: assword":        "last 7: assword",
+		"inside: ary-passw":      "inside: $PROXY_AUTHORIZATION",
+		"ry-passwry-passw":       "$PROXY_AUTHORIZATION",
+		"canary-password, whole": "$PROXY_AUTHORIZATION, whole",
+		"nothing":                "nothing",
+		"":                       "",
+	} {
+		if got := m.quoted(text); got != want {
+			t.Errorf("%q in an answer: %q, want %q", text, got, want)
+		}
+	}
+	const want = "http://h/payments?api_key=$URL_API_KEY&expand=$URL_EXPAND&$URL_QUERY&id="
+	if got := maskedURL(u); got != want {
+		t.Errorf("the URL is %s, want %s", got, want)
+	}
+	for size, replaced := range map[int]bool{maskedBytesMin: true, maskedBytesMin - 1: false} {
+		secret := strings.Repeat("x", size)
+		m := newMasker(&Config{URL: &url.URL{}, Header: []Field{{"A", secret}}})
+		if got := m.quoted(secret); (got == "$A") != replaced {
+			t.Errorf("a secret of %d bytes: %q", size, got)
+		}
+	}
+}
+
+// A curl line has the variables of the query where a shell fills them in, and nothing else.
+func TestCurlLineOfAQuery(t *testing.T) {
+	t.Parallel()
+	u, err := url.Parse("http://h/$p`?a$b=1&c=canary'\"")
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := (&request{method: http.MethodGet, url: u}).curl()
+	const want = "curl -i -X GET \"http://h/\\$p%60?a\\$b=$URL_A_B&c=$URL_C\""
+	if line != want {
+		t.Errorf("%s, want %s", line, want)
+	}
+}
+
+// A header over the limit counts as no answer.
+func TestHeadBytesMax(t *testing.T) {
+	t.Parallel()
+	const head = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nA: \r\n\r\n"
+	const read = 4096 // bufio reads on
+	for size, fits := range map[int]bool{headBytesMax - len(head): true, headBytesMax + read: false} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nA: %s\r\n\r\n", strings.Repeat("x", size))
+		}))
+		t.Cleanup(server.Close)
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := (&client{left: 1}).send(t.Context(), &request{method: http.MethodGet, url: u})
+		if err != nil || (a.err == nil) != fits || !fits && !strings.Contains(a.err.Error(), "header of the answer is longer") {
+			t.Errorf("%d bytes: %v, %v", size, a, err)
+		}
+	}
+}

@@ -1,16 +1,21 @@
 package probe_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -324,10 +329,38 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 		"everything is refused": {
 			wrap: func(http.Handler) http.Handler {
 				return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusForbidden) })
-			}, says: "answered with 403",
+			}, says: "got 403",
 		},
-		"the effects URL is another one":   {change: func(c *probe.Config) { c.EffectsPath = "/nowhere" }, says: "nothing at --effects-path"},
-		"the effects are no number":        {change: func(c *probe.Config) { c.EffectsPath = "/data" }, says: "neither an integer nor an array"},
+		"the effects URL is another one": {change: func(c *probe.Config) { c.EffectsPath = "/nowhere" }, says: "nothing at --effects-path"},
+		"the effects are no number":      {change: func(c *probe.Config) { c.EffectsPath = "/data" }, says: "neither an integer nor an array"},
+		"redirects": {
+			wrap: func(http.Handler) http.Handler {
+				return http.RedirectHandler("/elsewhere", http.StatusTemporaryRedirect)
+			},
+			change: func(c *probe.Config) { c.EffectsURL, c.EffectsPath = nil, "" }, says: "redirects are not followed",
+		},
+		"no HTTP": {
+			wrap: func(http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+					if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+						_, _ = conn.Write([]byte("SSH-2.0-x\r\n\r\n"))
+						_ = conn.Close()
+					}
+				})
+			}, says: "it is not HTTP/1.1",
+		},
+		"closes": {
+			wrap: func(http.Handler) http.Handler {
+				return http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+			}, says: "the connection was closed",
+		},
+		"another certificate": {change: func(c *probe.Config) {
+			server := httptest.NewTLSServer(http.NotFoundHandler())
+			server.Config.ErrorLog = log.New(io.Discard, "", 0)
+			t.Cleanup(server.Close)
+			c.URL = parse(t, server.URL)
+			c.EffectsURL, c.EffectsPath = nil, ""
+		}, says: "certificate"},
 		"no time":                          {change: func(c *probe.Config) { c.TimeMax = time.Nanosecond }, says: "used up"},
 		"no requests":                      {change: func(c *probe.Config) { c.RequestsMax = 2 }, says: "the number of requests is used up"},
 		"nobody listens":                   {change: func(c *probe.Config) { c.URL.Host = "127.0.0.1:1" }, says: "can't be reached"},
@@ -364,9 +397,12 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 func TestSecondCallerThatIsDeclined(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		scoped bool
-		want   probe.Verdict
-	}{"scoped": {true, probe.VerdictPass}, "not scoped": {false, probe.VerdictFail}} {
+		scoped, recorded bool
+		want             probe.Verdict
+	}{
+		"scoped": {true, true, probe.VerdictPass}, "not scoped": {false, true, probe.VerdictFail},
+		"not recorded": {true, false, probe.VerdictSkip},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newServer(nothing)
@@ -385,6 +421,16 @@ func TestSecondCallerThatIsDeclined(t *testing.T) {
 				s.execute(&rec)
 				s.send(w, &rec, false)
 			}))
+			if next := handler; !test.recorded {
+				var n atomic.Int64
+				handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.Header.Get("Authorization") == otherSecret {
+						http.Error(w, fmt.Sprint("you have no account, request ", n.Add(1)), http.StatusNotFound)
+						return
+					}
+					next.ServeHTTP(w, r)
+				})
+			}
 			config := configOf(t, handler)
 			config.EffectsURL, config.EffectsPath = nil, ""
 			report := run(t, config)
@@ -431,6 +477,165 @@ func TestSpellingsOfKeys(t *testing.T) {
 	}
 }
 
+// Right APIs of many kinds are never said to be broken. If effects can't be seen the rules that need
+// them are skipped.
+func TestRightServersAreNotBroken(t *testing.T) {
+	t.Parallel()
+	keys := func(next http.Handler, accept func(key string) bool, spell func(key string) string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if all := r.Header.Values("Idempotency-Key"); len(all) == 1 && all[0] != "" {
+				if !accept(all[0]) {
+					http.Error(w, "not a key", http.StatusBadRequest)
+					return
+				}
+				r.Header.Set("Idempotency-Key", spell(all[0]))
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+	byEffects := []string{"first-one-effect", "replay-one-effect", "replay-at-once", "mismatch-no-effect", "key-case-sensitive", "key-whole", "key-scoped", "copies-one-effect", "cut-one-effect"}
+	for name, test := range map[string]struct {
+		fault    fault
+		wrap     func(next http.Handler) http.Handler
+		body     string
+		profile  probe.Profile
+		unjudged []string // in any case
+		unseen   []string // without an effects URL
+	}{
+		"quoted keys only": {wrap: func(next http.Handler) http.Handler {
+			return keys(next, func(key string) bool { return key[0] == '"' }, strings.Clone)
+		}},
+		"bare keys only": {profile: probe.ProfileStripe, wrap: func(next http.Handler) http.Handler {
+			return keys(next, func(key string) bool { return key[0] != '"' }, strings.Clone)
+		}},
+		"keys are UUIDs": {wrap: func(next http.Handler) http.Handler {
+			uuid := regexp.MustCompile(`^"?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"?$`)
+			return keys(next, uuid.MatchString, strings.ToLower)
+		}},
+		"equal answers":    {fault: sameAnswers, unseen: byEffects},
+		"times and no ids": {fault: coarseTimes, unseen: []string{"key-case-sensitive", "key-whole", "key-scoped"}},
+		"unknown fields are ignored": {
+			body: `{"to":"bob"}`, unjudged: []string{"mismatch-refused"},
+			wrap: func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					_, _ = io.Copy(io.Discard, r.Body) // so the server notices a connection that is cut
+					r.Body = io.NopCloser(strings.NewReader(`{"to":"bob"}`))
+					next.ServeHTTP(w, r)
+				})
+			},
+		},
+	} {
+		for _, counted := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/counted=%v", name, counted), func(t *testing.T) {
+				t.Parallel()
+				s := newServer(cmp.Or(test.fault, nothing))
+				s.plain = true
+				var handler http.Handler = s
+				if test.wrap != nil {
+					handler = test.wrap(s)
+				}
+				config := configOf(t, handler)
+				config.Progress = s.progress
+				config.Body, config.Profile = cmp.Or(test.body, config.Body), cmp.Or(test.profile, config.Profile)
+				want := slices.Clone(test.unjudged)
+				if !counted {
+					config.EffectsURL, config.EffectsPath = nil, ""
+					want = append(want, test.unseen...)
+				}
+				report := run(t, config)
+				if got := verdicts(report, probe.LevelBinding, probe.VerdictSkip); !slices.Equal(got, append([]string{}, want...)) {
+					t.Errorf("not judged: %q, want %q\n%s", got, want, text(t, report))
+				}
+				if got := verdicts(report, probe.LevelBinding, probe.VerdictFail); len(got) > 0 {
+					t.Errorf("broken: %q\n%s", got, text(t, report))
+				}
+			})
+		}
+	}
+}
+
+// 429 tells nothing about keys. The request is sent again, and copies with 429 were refused before
+// they ran.
+func TestRateLimits(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		limited  func(n int, step string, ofKey int) bool // the nth request, and the nth in this step with its key
+		verdict  string
+		unjudged []string // nil: all
+		says     string
+	}{
+		"each second request": {
+			limited: func(n int, step string, _ int) bool { return n%2 == 0 && step != stepCopies && step != stepAtOnce },
+			verdict: probe.ReportOK, unjudged: []string{},
+		},
+		"all copies but two": {
+			limited: func(_ int, step string, ofKey int) bool { return step == stepCopies && ofKey > 2 && ofKey <= 8 },
+			verdict: probe.ReportOK, unjudged: []string{}, says: "30 got 429 (a rate limit)",
+		},
+		"all copies but one": {
+			limited: func(_ int, step string, ofKey int) bool { return step == stepCopies && ofKey > 1 && ofKey <= 8 },
+			verdict: probe.ReportIncomplete, unjudged: []string{"copies-one-effect", "copies-answer"}, says: "all but one of 8 copies at once got 429",
+		},
+		"retries at once": {
+			limited: func(_ int, step string, ofKey int) bool { return step == stepAtOnce && ofKey > 1 },
+			verdict: probe.ReportIncomplete, unjudged: []string{"replay-at-once"}, says: "a retry at once got 429",
+		},
+		"all": {
+			limited: func(n int, _ string, _ int) bool { return true },
+			verdict: probe.ReportIncomplete, says: "the API answers with 429",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(nothing)
+			var mu sync.Mutex
+			var n int
+			var step string
+			ofKey := map[string]int{}
+			config := configOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				n++
+				key := step + r.Header.Get("Idempotency-Key")
+				ofKey[key]++
+				limited := r.Method == http.MethodPost && test.limited(n, step, ofKey[key])
+				mu.Unlock()
+				if limited {
+					http.Error(w, "slower, please", http.StatusTooManyRequests)
+					return
+				}
+				s.ServeHTTP(w, r)
+			}))
+			config.Progress = func(name string) {
+				mu.Lock()
+				defer mu.Unlock()
+				step = name
+				if name != stepCopies || test.verdict == probe.ReportOK { // the only copy must not wait for others
+					s.progress(name)
+				}
+			}
+			if test.unjudged == nil {
+				config.Patience = time.Millisecond
+			}
+			report := run(t, config)
+			if got := verdicts(report, probe.LevelBinding, probe.VerdictFail); report.Verdict != test.verdict || len(got) > 0 {
+				t.Errorf("the verdict is %s, want %s, %q fail\n%s", report.Verdict, test.verdict, got, text(t, report))
+			}
+			if got := verdicts(report, probe.LevelBinding, probe.VerdictSkip); test.unjudged != nil && !slices.Equal(got, test.unjudged) {
+				t.Errorf("not judged: %q, want %q", got, test.unjudged)
+			}
+			if !strings.Contains(text(t, report), test.says) {
+				t.Errorf("there is no %q in\n%s", test.says, text(t, report))
+			}
+		})
+	}
+}
+
+// The steps that these tests know.
+const (
+	stepAtOnce = "retries at once"
+	stepCopies = "copies at once"
+)
+
 // Credentials are in no output, even if an answer quotes them. The curl lines name variables.
 func TestCredentialsAreMasked(t *testing.T) {
 	t.Parallel()
@@ -449,11 +654,16 @@ func TestCredentialsAreMasked(t *testing.T) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		answers++
-		_, _ = fmt.Fprint(w, recorder.Body, answers, r.Header.Get("Authorization"), r.Header.Get("X-Api-Key"))
+		if r.Method == http.MethodGet {
+			_, _ = w.Write(recorder.Body.Bytes())
+			return
+		}
+		_, _ = fmt.Fprint(w, r.Header.Get("Cookie"), r.Header.Get("Authorization")[:20], answers, recorder.Body, r.Header.Get("Authorization"), r.Header.Get("X-Api-Key"), r.URL.Query(), r.URL)
 	}))
 	config.Progress = s.progress
-	config.Header = append(config.Header, probe.Field{Name: "X-Api-Key", Value: "canary-key"}, probe.Field{Name: "Prefer", Value: "wait=1"})
-	config.EffectsURL, config.EffectsPath = nil, ""
+	config.Header = append(config.Header, probe.Field{Name: "X-Api-Key", Value: "canary-key"}, probe.Field{Name: "Cookie", Value: "a=canary-one; b=canary-two"}, probe.Field{Name: "Prefer", Value: "wait=1"})
+	config.URL = parse(t, config.URL.String()+"?api_key=canary%2Fquery&id=7")
+	config.EffectsURL = parse(t, config.EffectsURL.String()+"?token=canary-effects")
 	report := run(t, config)
 	asJSON, err := json.Marshal(report)
 	if err != nil {
@@ -467,7 +677,7 @@ func TestCredentialsAreMasked(t *testing.T) {
 		if strings.Contains(output, "canary") {
 			t.Errorf("the %s shows a credential:\n%s", name, output)
 		}
-		for _, want := range []string{`-H "Authorization: $AUTHORIZATION"`, `-H "X-Api-Key: $X_API_KEY"`, `-H "Authorization: $OTHER_AUTHORIZATION"`, "-H 'Prefer: wait=1'"} {
+		for _, want := range []string{`-H "Authorization: $AUTHORIZATION"`, `-H "X-Api-Key: $X_API_KEY"`, `-H "Authorization: $OTHER_AUTHORIZATION"`, `-H "Cookie: $COOKIE"`, "-H 'Prefer: wait=1'", `/payments?api_key=$URL_API_KEY&id=$URL_ID" -H`} {
 			if name == "text" && !strings.Contains(output, want) {
 				t.Errorf("the %s has no %q:\n%s", name, want, output)
 			}
@@ -543,6 +753,9 @@ func TestConfigIsRefused(t *testing.T) {
 		"no host":               func(c *probe.Config) { c.URL = parse(t, "/payments") },
 		"another scheme":        func(c *probe.Config) { c.URL.Scheme = "ftp" },
 		"credentials in it":     func(c *probe.Config) { c.URL.User = url.UserPassword("canary", "canary") },
+		"spaces in it":          func(c *probe.Config) { c.URL.RawQuery = "a=b c" },
+		"in the effects URL":    func(c *probe.Config) { c.EffectsURL.User = url.UserPassword("canary", "canary") },
+		"no URL":                func(c *probe.Config) { c.URL, c.EffectsURL, c.EffectsPath = nil, nil, "" },
 		"method":                func(c *probe.Config) { c.Method = "PO ST" },
 		"profile":               func(c *probe.Config) { c.Profile = "canary" },
 		"two lines":             func(c *probe.Config) { c.Header = []probe.Field{{Name: "A", Value: "canary\r\nB: c"}} },

@@ -4,7 +4,6 @@ import (
 	"encoding/xml"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -44,8 +43,8 @@ type Result struct {
 }
 
 // Report is the result of an examination. Its texts have the names of shell variables in place of
-// the values of the configured headers, except for those in publicHeaders. The names in its JSON
-// are stable.
+// the values of the configured headers, except for those in publicHeaders, and of those in the
+// queries of URLs. The names in its JSON are stable.
 type Report struct {
 	Verdict string   `json:"verdict"`
 	Profile Profile  `json:"profile"`
@@ -66,8 +65,8 @@ const notReached = "not reached: "
 
 // report returns the verdicts on all rules of the profile.
 func (e *examiner) report() *Report {
-	mask := e.masker()
-	report := &Report{Verdict: ReportOK, Profile: e.Profile, URL: mask.Replace(e.URL.String()), Rules: []Result{}, Stopped: mask.Replace(e.stopped)}
+	mask := e.mask.whole
+	report := &Report{Verdict: ReportOK, Profile: e.Profile, URL: mask.Replace(maskedURL(e.URL)), Rules: []Result{}, Stopped: mask.Replace(e.stopped)}
 	for _, r := range rules {
 		level, source := r.in(e.Profile)
 		if level == levelNone {
@@ -94,55 +93,6 @@ func (e *examiner) report() *Report {
 	return report
 }
 
-// publicHeaders are the headers that are printed as they are. All others may be credentials.
-var publicHeaders = []string{
-	"Accept", "Accept-Language", "Content-Type", "Idempotency-Key", "Prefer", "User-Agent",
-}
-
-// public reports whether a header is printed as it is.
-func public(name string) bool {
-	return slices.ContainsFunc(publicHeaders, func(p string) bool { return strings.EqualFold(p, name) })
-}
-
-// variable returns the name of the shell variable that stands for a header's value: AUTHORIZATION,
-// and OTHER_AUTHORIZATION for that of the second caller.
-func variable(name string, second bool) string {
-	if second {
-		name = "other-" + name
-	}
-	return strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '_'
-	}, strings.ToUpper(name))
-}
-
-// maskedBytesMin is the minimum length of a secret that is replaced wherever it occurs in a text,
-// for example in an answer that quotes it.
-const maskedBytesMin = 4
-
-// masker replaces the values of the callers' headers in texts, with and without a scheme such as
-// Bearer. Curl lines have variables already.
-func (e *examiner) masker() *strings.Replacer {
-	names := map[string]string{} // by secret
-	for i, caller := range [][]Field{e.Header, e.SecondHeader} {
-		for _, f := range caller {
-			value := strings.TrimSpace(f.Value)
-			for _, secret := range []string{value, value[strings.LastIndexByte(value, ' ')+1:]} {
-				if !public(f.Name) && len(secret) >= maskedBytesMin {
-					names[secret] = "$" + variable(f.Name, i == 1)
-				}
-			}
-		}
-	}
-	var pairs []string
-	for _, secret := range slices.SortedFunc(maps.Keys(names), func(a, b string) int { return len(b) - len(a) }) {
-		pairs = append(pairs, secret, names[secret])
-	}
-	return strings.NewReplacer(pairs...)
-}
-
 // curl returns the request as a line for a shell.
 func (r *request) curl() string { return r.curlWith("") }
 
@@ -153,12 +103,16 @@ func (r *request) curlCut(after time.Duration) string {
 
 func (r *request) curlWith(options string) string {
 	var line strings.Builder
-	fmt.Fprintf(&line, "curl -i%s -X %s %s", options, r.method, shellQuoted(r.url.String()))
+	to := shellQuoted(maskedURL(r.url))
+	if r.url.RawQuery != "" { // it has variables
+		to = `"` + maskedURL(r.url) + `"`
+	}
+	fmt.Fprintf(&line, "curl -i%s -X %s %s", options, r.method, to)
 	for _, f := range r.fields {
 		switch {
 		case f.Name == "User-Agent" || f.Name == "Accept" && f.Value == "*/*":
 		case !public(f.Name):
-			fmt.Fprintf(&line, ` -H "%s: $%s"`, f.Name, variable(f.Name, hasField(r.second, f.Name)))
+			fmt.Fprintf(&line, ` -H "%s: $%s"`, f.Name, variable(of(hasField(r.second, f.Name)), f.Name))
 		case f.Value == "":
 			line.WriteString(" -H " + shellQuoted(f.Name+";")) // so curl sends an empty one
 		default:

@@ -49,6 +49,8 @@ const (
 	onlySmallLetters       fault = "nothing, and keys in capitals are refused"
 	countsLate             fault = "nothing, and effects are counted late"
 	forgetsEchoesKey       fault = "nothing is recorded, and answers have the key and no id"
+	coarseTimes            fault = "nothing, and answers have no id but a time, which may be equal"
+	sameAnswers            fault = "nothing, and all answers are equal"
 	cutLosesEffect         fault = "the effect of a request that was cut off is lost, and its answer recorded"
 	cutDoublesEffect       fault = "the claim of a request that was cut off ends before its effect"
 	cutSticks              fault = "the claim of a request that was cut off stays"
@@ -251,9 +253,20 @@ func (s *server) execute(rec *record) {
 	s.effects++
 	s.ids++
 	rec.status, rec.answer, rec.location = http.StatusCreated, s.json(), "/payments/"+strconv.Itoa(s.ids)
+	if s.fault == coarseTimes || s.fault == sameAnswers {
+		rec.location = ""
+	}
 }
 
-func (s *server) json() string { return fmt.Sprintf(`{"id":"pay_%d","state":"paid"}`, s.ids) }
+func (s *server) json() string {
+	switch s.fault {
+	case coarseTimes:
+		return fmt.Sprintf(`{"state":"paid","at":%d}`, min(s.ids, 2))
+	case sameAnswers:
+		return `{"state":"paid"}`
+	}
+	return fmt.Sprintf(`{"id":"pay_%d","state":"paid"}`, s.ids)
+}
 
 // again answers a request with a used key.
 func (s *server) again(w http.ResponseWriter, r *http.Request, name string, rec *record, body string) {
