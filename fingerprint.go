@@ -13,6 +13,9 @@ const (
 	FingerprintVersionHTTP    = 1 // of NewFingerprintV1
 	FingerprintVersionRPC     = 2 // of the adapters for gRPC and Connect
 	FingerprintVersionUserMin = 100
+
+	// A built-in version more belongs into ofAnotherProtocol (package middleware) and FingerprintAt
+	// (contrib/grpc/rpc) too.
 )
 
 // Fingerprint is a hash of the content of a request: two requests with one key must have equal
