@@ -400,21 +400,34 @@ func onMemory(change func(o *middleware.Options)) *middleware.Middleware {
 // post posts a request, and returns the answer's status, outcome and body.
 func post(t *testing.T, url, key string) string {
 	t.Helper()
-	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, nil)
+	return send(t, url, key, "", nil)
+}
+
+func postForm(t *testing.T, url, key, form string) string {
+	t.Helper()
+	return send(t, url, key, "multipart/form-data; boundary=mwtest", strings.NewReader(form))
+}
+
+func send(t *testing.T, url, key, contentType string, body io.Reader) string {
+	t.Helper()
+	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, body)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.Header.Set("Idempotency-Key", key)
+	if contentType != "" {
+		r.Header.Set("Content-Type", contentType)
+	}
 	response, err := http.DefaultClient.Do(r)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = response.Body.Close() }()
-	body, err := io.ReadAll(response.Body)
+	answer, err := io.ReadAll(response.Body)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprint(response.StatusCode, " ", response.Header.Get("Idempotency-Status"), " ", string(body))
+	return fmt.Sprint(response.StatusCode, " ", response.Header.Get("Idempotency-Status"), " ", string(answer))
 }
 
 // fasthttp parses a multipart form before any handler runs, and writes its fields again in any order.
@@ -576,24 +589,4 @@ func TestNetHTTPHandlerInside(t *testing.T) {
 	if got := post(t, serve(t, app), "key-1"); got != "402 executed " || s.Store.Written() != 0 {
 		t.Errorf("%q, %d writes; want 402, and none", got, s.Store.Written())
 	}
-}
-
-func postForm(t *testing.T, url, key, form string) string {
-	t.Helper()
-	r, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, strings.NewReader(form))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Header.Set("Idempotency-Key", key)
-	r.Header.Set("Content-Type", "multipart/form-data; boundary=mwtest")
-	response, err := http.DefaultClient.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = response.Body.Close() }()
-	body, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Sprint(response.StatusCode, " ", response.Header.Get("Idempotency-Status"), " ", string(body))
 }

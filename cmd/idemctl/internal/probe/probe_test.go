@@ -198,11 +198,7 @@ func protected(t *testing.T) http.Handler {
 			s.ServeHTTP(w, r)
 			return
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		var rec record
-		s.execute(&rec)
-		s.send(w, &rec, false)
+		s.answer(w)
 	}))
 }
 
@@ -415,11 +411,7 @@ func TestSecondCallerThatIsDeclined(t *testing.T) {
 					http.Error(w, "you have no account", http.StatusNotFound)
 					return
 				}
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				var rec record
-				s.execute(&rec)
-				s.send(w, &rec, false)
+				s.answer(w)
 			}))
 			if next := handler; !test.recorded {
 				var n atomic.Int64
