@@ -156,13 +156,34 @@ func (r *rows) ColumnTypeLength(i int) (int64, bool) {
 	}
 }
 
+// ColumnTypePrecisionScale returns the fractional digits of a time as its scale, as pgx's driver does
+// from 5.13 on.
 func (r *rows) ColumnTypePrecisionScale(i int) (precision, scale int64, ok bool) {
-	field := r.field(i)
-	if field.DataTypeOID != pgtype.NumericOID || field.TypeModifier < modifierOffset {
+	const (
+		microseconds = 6      // if the type has no modifier
+		digits       = 0xffff // of an interval's modifier; all are set if it has none
+	)
+	modifier := int64(r.field(i).TypeModifier)
+	switch r.field(i).DataTypeOID {
+	case pgtype.NumericOID:
+		if modifier < modifierOffset {
+			return 0, 0, false
+		}
+		modifier -= modifierOffset
+		return modifier >> 16 & 0xffff, modifier & 0xffff, true
+	case pgtype.TimestampOID, pgtype.TimestamptzOID, pgtype.TimeOID, pgtype.TimetzOID:
+		if modifier < 0 {
+			return 0, microseconds, true
+		}
+		return 0, modifier, true
+	case pgtype.IntervalOID:
+		if modifier < 0 || modifier&digits == digits {
+			return 0, microseconds, true
+		}
+		return 0, modifier & digits, true
+	default:
 		return 0, 0, false
 	}
-	modifier := field.TypeModifier - modifierOffset
-	return int64(modifier >> 16 & 0xffff), int64(modifier & 0xffff), true
 }
 
 func (r *rows) ColumnTypeScanType(i int) reflect.Type {

@@ -426,6 +426,30 @@ func TestValuesAreThoseOfPgxsDriver(t *testing.T) {
 	}
 }
 
+// The digits after the point are the scale of numbers and times.
+func TestScale(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	b.want(t, b.do(t, "k", func(ctx context.Context) int {
+		for column, want := range map[string]string{
+			"1::numeric": "0 0 false", "1::numeric(10,2)": "10 2 true", "1::int4": "0 0 false",
+			"now()": "0 6 true", "now()::timestamptz(0)": "0 0 true", "now()::timestamp(3)": "0 3 true", "localtime(2)": "0 2 true",
+			"interval '1 s'": "0 6 true", "'1 s'::interval(1)": "0 1 true", "'1 day'::interval day": "0 6 true", "'1 s'::interval second(2)": "0 2 true",
+		} {
+			rows, err := b.db.QueryContext(ctx, "SELECT "+column)
+			must(t, err)
+			described, err := rows.ColumnTypes()
+			must(t, err)
+			precision, scale, ok := described[0].DecimalSize()
+			if got := fmt.Sprint(precision, scale, ok); got != want {
+				t.Errorf("%s: %s, want %s", column, got, want)
+			}
+			must(t, rows.Close())
+		}
+		return 201
+	}), idempotency.OutcomeExecuted)
+}
+
 func values(t *testing.T, b *testBundle, mode pgx.QueryExecMode) {
 	b.Exec(t, "CREATE TYPE mood AS ENUM ('good'); CREATE TYPE pair AS (a int, b text)")
 	scalars := []string{
@@ -450,6 +474,9 @@ func values(t *testing.T, b *testBundle, mode pgx.QueryExecMode) {
 		for _, d := range described {
 			length, hasLength := d.Length()
 			precision, scale, hasPrecision := d.DecimalSize()
+			if strings.HasPrefix(d.DatabaseTypeName(), "TIME") || d.DatabaseTypeName() == "INTERVAL" { // pgx's driver knows it from 5.13 on
+				hasPrecision, scale = false, 0
+			}
 			types = append(types, fmt.Sprint(d.Name(), d.DatabaseTypeName(), hasLength && length < 100, hasPrecision && precision < 100, scale < 100 && scale > 0, d.ScanType() != nil))
 		}
 		values = make([]any, len(columns))
