@@ -6,11 +6,16 @@ import (
 	"strings"
 	"testing"
 
+	"go.uber.org/goleak"
+
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware/mwtest"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+// fasthttp's servers leave goroutines that sleep.
+func TestMain(m *testing.M) {
+	pgtest.Main(m, goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"), goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1"))
+}
 
 // noErrors are the features of handlers of net/http.
 var noErrors = mwtest.Features{NoReturnedErrors: true}
