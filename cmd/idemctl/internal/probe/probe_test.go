@@ -469,6 +469,39 @@ func TestSpellingsOfKeys(t *testing.T) {
 	}
 }
 
+// If all answers are equal, only the effects tell whether a quoted key and the bare one are two keys.
+func TestSpellingsWithEqualAnswers(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		two, counted bool
+		want         probe.Verdict
+	}{
+		"one key":            {false, true, probe.VerdictPass},
+		"two keys":           {true, true, probe.VerdictFail},
+		"nobody can tell":    {false, false, probe.VerdictSkip},
+		"two, nobody counts": {true, false, probe.VerdictSkip},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(sameAnswers)
+			config := configOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if key := r.Header.Get("Idempotency-Key"); test.two && strings.HasPrefix(key, `"`) {
+					r.Header.Set("Idempotency-Key", "quoted-"+strings.Trim(key, `"`))
+				}
+				s.ServeHTTP(w, r)
+			}))
+			config.Progress, config.Profile = s.progress, probe.ProfilePaidonce
+			if !test.counted {
+				config.EffectsURL, config.EffectsPath = nil, ""
+			}
+			report := run(t, config)
+			if !slices.Contains(verdicts(report, probe.LevelBinding, test.want), "key-quoting") {
+				t.Errorf("key-quoting is not %s\n%s", test.want, text(t, report))
+			}
+		})
+	}
+}
+
 // Right APIs of many kinds are never said to be broken. If effects can't be seen the rules that need
 // them are skipped.
 func TestRightServersAreNotBroken(t *testing.T) {
