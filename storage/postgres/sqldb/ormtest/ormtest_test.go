@@ -577,7 +577,7 @@ func TestManyHandlersOnOneDB(t *testing.T) {
 // A job of River's is enqueued if and only if the handler's writes are committed.
 func TestRiver(t *testing.T) {
 	t.Parallel()
-	b := setup(t, 2)
+	b := setup(t, 1)
 	outside := sqldb.Open(b.Store, &sqldb.Options{Pool: true}) // for the migrations
 	t.Cleanup(func() { _ = outside.Close() })
 	migrator := must[*rivermigrate.Migrator[*sql.Tx]](t)(rivermigrate.New(riverdatabasesql.New(outside), nil))
