@@ -32,8 +32,8 @@ import (
 // answer of 2xx or 3xx is a 500 too, and the writes are undone. Flush panics and Hijack fails,
 // because nothing reaches the client before COMMIT.
 //
-// Mount Echo's Recover outside: inside, it turns a panic after an answer into no error, and the answer is
-// committed.
+// Mount Echo's Recover outside: inside, it turns a panic after an answer into no error, and the
+// answer is committed.
 //
 // It panics if idem is for a resumable route: a run without a client has no echo.Context. Mount such
 // a middleware around the whole app.

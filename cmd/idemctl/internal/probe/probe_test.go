@@ -97,7 +97,8 @@ func TestEachFaultIsFound(t *testing.T) {
 	for _, test := range []struct {
 		fault    fault
 		broken   []string // exactly these
-		byCount  []string // these too if effects are counted: ids don't show them
+		byCount  []string // these too if effects are counted: ids don't always show them
+		chance   []string // of these, the ones that ids show if two retries come at once
 		unjudged []string // could not be judged
 		// could not be judged either if effects are counted
 		unjudgedByCount []string
@@ -133,6 +134,7 @@ func TestEachFaultIsFound(t *testing.T) {
 			fault:   answersBeforeRecording, // whatever comes at once is executed
 			broken:  []string{"replay-at-once", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "copies-one-effect", "copies-answer"},
 			byCount: []string{"cut-one-effect"},
+			chance:  []string{"cut-one-effect"},
 		},
 		{fault: acceptsMissing, broken: []string{"key-missing"}},
 		{fault: failsMissing, broken: []string{"key-missing"}},
@@ -164,6 +166,9 @@ func TestEachFaultIsFound(t *testing.T) {
 				report := run(t, config)
 				for verdict, want := range map[probe.Verdict][]string{probe.VerdictFail: want, probe.VerdictSkip: unjudged} {
 					got := verdicts(report, probe.LevelBinding, verdict)
+					if !counted {
+						got = slices.DeleteFunc(got, func(id string) bool { return slices.Contains(test.chance, id) })
+					}
 					slices.Sort(got)
 					want = slices.Sorted(slices.Values(want))
 					if !slices.Equal(got, want) {
